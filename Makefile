@@ -1,0 +1,48 @@
+# `make test` and `make demo` set up everything they need in .venv, once: on a fresh Linux machine that has
+# Python 3.11 or newer, make, a C compiler and git.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup test lint demo docs bench clean
+
+help:
+	@echo "make test    lint, types and tests (sets up .venv first)"
+	@echo "make demo    a small language task, start to finish, in under five minutes"
+	@echo "make docs    builds the documentation into site/"
+	@echo "make bench   the benchmark of the selection"
+	@echo "make clean   removes .venv and what was built"
+
+setup: $(READY)
+
+# torch comes first, pinned: anything that asks for "torch" later finds it and pulls no other build.
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "the development environment needs Python 3.11 or newer (make PYTHON=python3.12 ...)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+demo: $(READY)
+	$(BIN)/selective-pref demo
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/bench_selection.py
+
+clean:
+	rm -rf .venv site dist build

@@ -1,0 +1,38 @@
+"""A collated batch → (chosen, rejected) Responses. The one place where foreign names become ours.
+
+In: a batch in the trainers' layout (`input_ids`, `attention_mask`, `completion_mask`, each [2B T+1], chosen rows first)
+and the per-token log-probs [2B T] that models gave to it. Out: the core's first arrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from selective_pref import Response
+from selective_pref_adapters.pairs import IGNORE_INDEX
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """The token ids where a completion token stands, -100 elsewhere: int64 [2B T+1], not shifted."""
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+
+
+def responses(
+    batch: Batch, per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor | None = None
+) -> tuple[Response, Response]:
+    """(chosen, rejected) of a batch.
+
+    Args:
+        batch: with `completion_mask` [2B T+1], chosen rows first.
+        per_token_logps: the policy's, [2B T]: entry t belongs to the token at t + 1.
+        ref_per_token_logps: the reference's, [2B T], or None for losses without one.
+    """
+    return Response.from_stacked(
+        per_token_logps=per_token_logps,
+        mask=batch["completion_mask"][:, 1:] != 0,
+        ref_per_token_logps=ref_per_token_logps,
+    )

@@ -1,0 +1,119 @@
+"""`selective-pref`: the command line. In: flags and a YAML file. Out: a run, or one line that says what is wrong.
+
+A YAML file is read as flags that come first: same names, same types, same errors, and flags given by hand win.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
+    "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "--version":
+        from selective_pref import __version__
+
+        print(f"selective-pref {__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"selective-pref: no command {command!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _train(rest) if command == "train" else _demo(rest)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
+            raise
+        print(f"selective-pref {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"selective-pref {command}: interrupted; no model was saved, logs stay where they are", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(f"selective-pref {command}: {error}: pip install 'selective-pref[deepspeed]'", file=sys.stderr)
+        return 1
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: selective-pref COMMAND [--help] [flags]", "", *lines])
+
+
+def _train(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.train_config import TrainConfig
+
+    flags = _with_config_file(arguments)
+    config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
+
+    from selective_pref_adapters.deepspeed_loop import train  # slow to import: after the flags are understood
+
+    train(config)
+    return 0
+
+
+_TRAIN = """Train a policy on preference pairs and save it.
+
+`--config FILE.yaml` reads flags from a file (the names below with underscores); flags on the command line win.
+"""
+
+
+def _demo(arguments: list[str]) -> int:
+    from selective_pref_adapters.replication.demo import main as demo
+
+    return demo(arguments)
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """`--config FILE` replaced by the flags the file holds, put first."""
+    flags: list[str] = []
+    rest = iter(arguments)
+    from_file: list[str] = []
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2] or next(rest, "")
+            from_file += _flags_of_file(path)
+        else:
+            flags.append(argument)
+    return from_file + flags
+
+
+def _flags_of_file(path: str) -> list[str]:
+    import yaml
+
+    if not path:
+        raise ValueError("--config needs the name of a YAML file")
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold 'name: value' lines; got {type(options).__name__}")
+    return [flag for name, value in options.items() for flag in _flag(str(name), value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    return [flag, str(value)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

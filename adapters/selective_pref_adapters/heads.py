@@ -1,0 +1,147 @@
+"""A Hugging Face causal LM → per-token log-probs of a batch, through the fused head where that gives the same numbers.
+
+In: a causal LM (bare, under PEFT, or wrapped by a training engine) and a batch in the trainers' layout. Out: [2B T]
+log-probs in at least float32. Every adapter asks here, so every adapter gets the same numbers.
+
+`install_fused_head(model)` runs once, before a model is wrapped. It teaches the model to answer a call that carries
+`completion_labels` with log-probs instead of logits. The head is still called as a module, so whatever gathers, shards
+or checkpoints weights around modules (ZeRO-3, FSDP2) finds it where it expects it. A model whose head does anything
+that the fused head does not (found by a test of its own forward, not by its name) is served by its logits, and a log
+line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selective_pref import per_token_logps
+from selective_pref.fused import fused_per_token_logps
+from selective_pref_adapters.batch import Batch, labels_of
+
+logger = logging.getLogger(__name__)
+
+_SERVED = "_selective_pref_head"  # the attribute that a model with a fused head carries
+
+
+def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
+    """log π(token | what precedes it) of the completion tokens of a batch, 0 elsewhere: [2B T], at least float32.
+
+    Args:
+        model: a causal LM, or what wraps one; with a fused head if `install_fused_head` was called on it.
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1].
+    """
+    labels = labels_of(batch)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if any(hasattr(module, _SERVED) for module in model.modules()):
+        return model(**inputs, completion_labels=labels)
+    logps, _ = per_token_logps(model(**inputs).logits, labels)
+    return logps
+
+
+def install_fused_head(model: nn.Module) -> bool:
+    """Makes `model_per_token_logps` of this model use the fused head; returns whether it could.
+
+    Args:
+        model: a causal LM, or a PEFT model around one, on the device and in the dtype it will be used in, not yet
+            wrapped by an engine. Calling twice is harmless.
+    """
+    causal = _causal_lm(model)
+    if hasattr(causal, _SERVED):
+        return True
+    reason = _why_not(causal)
+    if reason is not None:
+        logger.warning("%s is served by its logits, not by the fused head: %s", type(causal).__name__, reason)
+        return False
+    head = causal.get_output_embeddings()
+    setattr(causal, _SERVED, _head_options(causal.config))
+    causal._dense_forward, causal.forward = causal.forward, types.MethodType(_forward, causal)
+    head._dense_forward, head.forward = head.forward, types.MethodType(_head_forward, head)
+    return True
+
+
+def _forward(self: Any, *args: Any, completion_labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """The causal LM's forward: its own without `completion_labels`; with them, log-probs [B T]."""
+    if completion_labels is None:
+        return self._dense_forward(*args, **kwargs)
+    head = self.get_output_embeddings()
+    if not hasattr(head, "_dense_forward"):  # replaced since, by an adapter of its own
+        return per_token_logps(self._dense_forward(*args, **kwargs).logits, completion_labels)[0]
+    hidden = self.base_model(*args, **kwargs)[0]
+    return head(hidden[:, :-1], completion_labels=completion_labels[:, 1:], options=getattr(self, _SERVED))
+
+
+def _head_forward(
+    self: Any, hidden: Tensor, completion_labels: Tensor | None = None, options: dict[str, float | None] | None = None
+) -> Tensor:
+    """The head's forward: its own without `completion_labels`; with them, the fused one."""
+    if completion_labels is None:
+        return self._dense_forward(hidden)
+    labels = completion_labels.to(hidden.device)
+    return fused_per_token_logps(hidden, self.weight, labels, bias=self.bias, **(options or {}))
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrappers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head_options(config: Any) -> dict[str, float | None]:
+    """The scale and the soft cap that a configuration names, as `fused_per_token_logps` takes them."""
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    return {
+        "logit_scale": float(scale or 1.0) / float(scaling or 1.0),
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    }
+
+
+def _why_not(causal: Any) -> str | None:
+    """None where the fused head computes this model's log-probs; otherwise what stands against it.
+
+    The model's own forward is run once with its head replaced by a fixed ramp of products: what comes out must be our
+    transform of the ramp (over the whole range of logits, not only what today's weights produce), and what went into
+    the head must be the body's output.
+    """
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        return f"its output layer is {type(head).__name__}, not a plain linear one"
+    seen: list[Tensor] = []
+    ramp = torch.linspace(-200, 200, head.out_features, device=head.weight.device, dtype=torch.float32)
+
+    def record(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return ramp.to(hidden.dtype).expand(*hidden.shape[:-1], -1).clone()
+
+    ids = torch.arange(3, device=head.weight.device).unsqueeze(0) % head.out_features
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    own, training = head.forward, causal.training
+    try:
+        causal.eval()
+        head.forward = record
+        with torch.no_grad():
+            logits = causal(**inputs).logits
+            hidden = causal.base_model(**inputs)[0]
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        return f"its forward cannot be taken apart: {type(error).__name__}: {error}"
+    finally:
+        head.forward = own
+        if "forward" in vars(head) and own.__func__ is type(head).forward:
+            del head.forward
+        causal.train(training)
+    options = _head_options(causal.config)
+    expected = ramp.to(hidden.dtype) * options["logit_scale"]
+    if options["softcap"] is not None:
+        expected = torch.tanh(expected / options["softcap"]) * options["softcap"]
+    tolerance = 8 * torch.finfo(hidden.dtype).eps
+    if logits.shape[-1] != head.out_features or not torch.allclose(
+        logits[0, 0].float(), expected.float(), rtol=tolerance, atol=200 * tolerance
+    ):
+        return "it changes its logits in a way that its configuration does not name"
+    if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.allclose(seen[0], hidden, equal_nan=True):
+        return "something stands between its body and its head"
+    return None

@@ -1,0 +1,112 @@
+"""The few places where array libraries differ, and the checks at the public door.
+
+In: arrays of any library that follows the array API standard. Out: their namespace, wider dtypes,
+detached copies, or an error that names what was got. Everything here reads metadata only: no value of
+an array is looked at, so nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from numbers import Real
+from typing import Any, TypeAlias
+
+import array_api_compat
+
+compat: Any = array_api_compat  # its own annotations name libraries that are not installed
+
+Array: TypeAlias = Any
+"""An array of any library that follows the array API standard: torch, NumPy, JAX, …"""
+
+
+def namespace(array: Array) -> Any:
+    """The array API namespace (``xp``) that `array` belongs to."""
+    return compat.array_namespace(array)
+
+
+def upcast(array: Array) -> Array:
+    """`array` in at least float32: bf16 and fp16 are widened, float32 and float64 come back as they are."""
+    xp = namespace(array)
+    wide = xp.result_type(array.dtype, xp.float32)
+    return array if wide == array.dtype else xp.astype(array, wide)
+
+
+def detach(array: Array) -> Array:
+    """`array` cut from the gradient graph; the values are shared, not copied."""
+    if hasattr(array, "detach"):  # torch
+        return array.detach()
+    if compat.is_jax_array(array):
+        from jax import lax  # a JAX array is in hand, so JAX is loaded already
+
+        return lax.stop_gradient(array)
+    return array
+
+
+def last_axis_sum(array: Array) -> Array:
+    """Sum over the token axis: [B T] → [B]."""
+    return namespace(array).sum(array, axis=-1)
+
+
+def kth_largest(array: Array, k: int) -> Array:
+    """The k-th largest value of each row, [B T] → [B 1]; 1 ≤ k ≤ T, the same k in every row.
+
+    The standard has no selection algorithm, only `sort`; what a library has of its own is several times faster.
+    """
+    xp, place = namespace(array), array.shape[-1] - k
+    if hasattr(xp, "topk"):  # torch
+        return xp.min(xp.topk(array, k, dim=-1, sorted=False).values, axis=-1, keepdims=True)
+    ordered = xp.partition(array, place, axis=-1) if hasattr(xp, "partition") else xp.sort(array, axis=-1)
+    return ordered[:, place : place + 1]
+
+
+def describe(array: Array) -> str:
+    """`float32 (2, 7)`: dtype and shape, for error messages."""
+    return f"{str(array.dtype).removeprefix('torch.')} {tuple(array.shape)}"
+
+
+def check_array(name: str, array: Array) -> None:
+    """Raises TypeError unless `array` is an array of a supported library."""
+    if not compat.is_array_api_obj(array):
+        raise TypeError(
+            f"{name} must be an array of a library that follows the array API standard (torch, NumPy, JAX); "
+            f"got {type(array).__name__}"
+        )
+
+
+def check_floating(name: str, array: Array) -> None:
+    """Raises TypeError unless `array` is an array with a real floating dtype."""
+    check_array(name, array)
+    if not namespace(array).isdtype(array.dtype, "real floating"):
+        raise TypeError(f"{name} must have a real floating dtype; got {describe(array)}")
+
+
+def check_same_home(name: str, array: Array, other_name: str, other: Array) -> None:
+    """Raises unless both arrays belong to one library (TypeError) and one device (ValueError)."""
+    if type(array) is not type(other) and namespace(array) is not namespace(other):
+        raise TypeError(
+            f"{name} and {other_name} must be arrays of one library; got {_type_name(array)} and {_type_name(other)}: "
+            "convert one of them first"
+        )
+    device, other_device = compat.device(array), compat.device(other)
+    if device != other_device and device is not None and other_device is not None:  # JAX tracers have none
+        raise ValueError(
+            f"{name} and {other_name} must be on one device; got {device} and {other_device}: move one of them first"
+        )
+
+
+def _type_name(array: Array) -> str:
+    return f"{type(array).__module__}.{type(array).__name__}"
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a Python or NumPy float or integer (no array, tracer, Decimal or Fraction)."""
+    if isinstance(value, (bool, Fraction)) or not isinstance(value, (float, int, Real)):
+        raise TypeError(f"{name} must be a number, a float or an int; got {type(value).__name__} {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises unless `value` is a finite number above 0."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")

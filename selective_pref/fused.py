@@ -1,0 +1,331 @@
+"""Hidden states and a head → per-token log-probs, without the logits: the torch side flow into the first arrow.
+
+In: hidden states [N D], head weight [V D], labels [N]. Out: log-probs [N] in at least float32. The vocabulary is walked
+in tiles with a running log-sum-exp, so the largest thing ever held is one tile of logits. Rows labelled `ignore_index`
+are never projected, and the backward pass visits only rows whose upstream gradient is not zero: after a selection that
+is the selected ones, without the loss and the head knowing of each other.
+
+Cost in units of N·V·D FLOP, k the share of rows with a gradient: 2 forward, 6·k backward (4·k with kept logits),
+against 6 for materialised logits and 8 for heads that recompute every row.
+
+The one module of the core that imports torch; import it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._triton import has_triton
+
+_BUFFER = 4 * 1024 * 1024  # elements of one tile of logits: 16 MiB in float32
+_TILE = (1024, 8192)  # narrower tiles starve the matrix product, wider ones fall out of the cache
+
+
+@torch.compiler.disable  # pyright: ignore[reportUnknownMemberType]
+def fused_per_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    vocab_tile: int | None = None,
+    keep_logits: bool = False,
+) -> Tensor:
+    """log softmax(logits)[label] of every row, exactly, with logits that are never held as a whole.
+
+    logits = cap(logit_scale · (hidden · weightᵀ + bias)) / temperature, with cap(z) = softcap · tanh(z / softcap).
+    Nothing is shifted: `labels` are the tokens that the hidden states predict.
+
+    Args:
+        hidden: real floating [… D].
+        weight: real floating [V D]; may be tied, frozen, sharded by a hook that gathers it again for backward.
+        labels: int64 [… ] in [0, V), or `ignore_index` for rows that do not count.
+        bias: [V] or None.
+        logit_scale: factor on the logits, finite and not 0 (Cohere's; 1 / logits_scaling of Granite).
+        softcap: Gemma's soft cap, above 0, or None.
+        temperature: divides the logits last, above 0.
+        ignore_index: the label of rows that are left out: result 0, no gradient, no work.
+        vocab_tile: columns of a tile; None chooses by the number of rows.
+        keep_logits: keep the logits of the forward pass for backward, which then costs 4·k instead of 6·k. Takes
+            [N V] memory.
+
+    Returns:
+        [… ] in float32, or float64 where hidden is; 0 where the label is `ignore_index`. Low-precision operands are
+        multiplied with float32 results, statistics and sums are float32 or wider. NaN in a counted row's hidden state
+        gives NaN; in a row that does not count it changes nothing. Rows with zero upstream gradient get exactly zero
+        gradient. The result is attached to the graph even where no row counts.
+
+    Raises:
+        TypeError: hidden, weight or bias not floating; labels not int64.
+        ValueError: shapes that do not fit, mixed devices, a label outside the vocabulary, an option out of
+            range.
+        RuntimeError: a second derivative is asked for.
+    """
+    _check(hidden, weight, labels, bias)
+    head = _Head(
+        logit_scale=_nonzero("logit_scale", logit_scale),
+        softcap=None if softcap is None else _positive("softcap", softcap),
+        temperature=_positive("temperature", temperature),
+        tile=vocab_tile,
+        keep_logits=keep_logits,
+    )
+    if vocab_tile is not None and (not isinstance(vocab_tile, int) or vocab_tile < 1):
+        raise ValueError(f"vocab_tile must be a whole number of columns, at least 1, or None; got {vocab_tile!r}")
+    rows = (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
+    counted = labels.reshape(-1)[rows]
+    if rows.numel():
+        for extreme in (int(counted.min()), int(counted.max())):
+            if not 0 <= extreme < weight.shape[0]:
+                raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}; got {extreme}")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logps = cast(Tensor, cast(Any, _Fused).apply(flat, weight, bias, rows, counted, head))
+    return logps.reshape(labels.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What stands between hidden · weightᵀ and the logits, and how the vocabulary is walked."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    tile: int | None
+    keep_logits: bool
+
+    def tiles(self, rows: int, vocabulary: int) -> Iterator[slice]:
+        low, high = _TILE
+        width = self.tile or min(high, max(low, _BUFFER // max(rows, 1)))
+        for start in range(0, vocabulary, width):
+            yield slice(start, min(start + width, vocabulary))
+
+    def logits_(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        """From products to logits, in place; where they were kept, they were made when they were kept."""
+        if bias is not None:
+            z += bias
+        if self.softcap is not None:
+            z.mul_(self.logit_scale / self.softcap).tanh_()
+            return z.mul_(self.softcap / self.temperature)
+        factor = self.logit_scale / self.temperature
+        return z if factor == 1 else z.mul_(factor)
+
+    def chain_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """From the gradient of the logits to that of the products, in place."""
+        if logits is not None:  # soft-capped: d tanh = 1 − tanh²
+            assert self.softcap is not None
+            gradient.mul_(logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1))
+        factor = self.logit_scale / self.temperature
+        return gradient if factor == 1 else gradient.mul_(factor)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, head: _Head
+    ) -> Tensor:
+        """Running log-sum-exp over the tiles, for the rows that count."""
+        wide, narrow = _precision(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            some = hidden[rows].to(narrow)
+            vocabulary = weight.shape[0]
+            kept = some.new_empty(len(rows), vocabulary, dtype=wide) if head.keep_logits else None
+            peak = torch.full((len(rows),), -torch.inf, dtype=wide, device=hidden.device)
+            total, picked = torch.zeros_like(peak), torch.zeros_like(peak)
+            buffer: Tensor | None = None
+            for tile in head.tiles(len(rows), vocabulary) if len(rows) else ():
+                if kept is None and buffer is None:
+                    buffer = some.new_empty(len(rows), tile.stop - tile.start, dtype=wide)
+                z = _columns(buffer, tile) if kept is None else kept[:, tile]
+                _product(some, weight[tile].to(narrow).t(), z)
+                tile_bias = None if bias is None else bias[tile]
+                if kept is not None:
+                    head.logits_(z, tile_bias)
+                    z = z.clone()
+                fold = _compiled(_statistics) if _compiles(z) else _statistics
+                peak, total, picked = fold(head, z, tile_bias, labels - tile.start, peak, total, picked)
+            normaliser = peak + total.log_()
+        ctx.save_for_backward(hidden, weight, bias, rows, labels, normaliser, kept)
+        ctx.head, ctx.narrow = head, narrow
+        logps = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        logps[rows] = picked - normaliser
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        """Recomputes the tiles of the rows whose gradient is not zero; (onehot − softmax)·gradient goes back."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_per_token_logps has no second derivative: call backward without create_graph=True, or compute "
+                "the log-probs from logits (selective_pref.per_token_logps)"
+            )
+        hidden, weight, bias, rows, labels, normaliser, kept = ctx.saved_tensors
+        head, narrow = ctx.head, ctx.narrow
+        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        with torch.autocast(hidden.device.type, enabled=False):
+            wide = normaliser.dtype
+            upstream = gradient[rows].to(wide)
+            live = (upstream != 0).nonzero().squeeze(-1)  # NaN is not 0: it is never skipped
+            upstream, labels, normaliser, rows = upstream[live], labels[live], normaliser[live], rows[live]
+            some = hidden[rows].to(narrow)
+            d_some = torch.zeros_like(some, dtype=wide) if need_hidden else None
+            d_weight = (torch.empty_like if len(rows) else torch.zeros_like)(weight) if need_weight else None
+            d_bias = torch.zeros_like(bias) if need_bias else None
+            buffer: Tensor | None = None
+            for tile in head.tiles(len(rows), weight.shape[0]) if len(rows) else ():
+                if buffer is None:
+                    buffer = some.new_empty(len(rows), tile.stop - tile.start, dtype=wide)
+                z = _columns(buffer, tile)
+                columns = weight[tile].to(narrow)
+                if kept is None:
+                    _product(some, columns.t(), z)
+                else:
+                    torch.index_select(kept[:, tile], 0, live, out=z)
+                tile_bias = None if bias is None else bias[tile]
+                fold = _compiled(_gradient) if _compiles(z) else _gradient
+                factor, column_sums = fold(head, z, tile_bias, labels - tile.start, normaliser, upstream, narrow)
+                if d_some is not None:
+                    _accumulate(d_some, factor, columns)
+                if d_weight is not None:
+                    if d_weight.dtype == narrow:
+                        torch.mm(factor.t(), some, out=d_weight[tile])
+                    else:
+                        d_weight[tile] = factor.t() @ some
+                if d_bias is not None and column_sums is not None:
+                    d_bias[tile] = column_sums
+        d_hidden = None
+        if d_some is not None:
+            d_hidden = torch.zeros_like(hidden)
+            d_hidden[rows] = d_some.to(hidden.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+# The elementwise work on one tile, [rows, columns] of products. On a CPU it happens in the tile's own buffer; on CUDA
+# the same lines are compiled into one pass that reads the tile and leaves it alone.
+
+
+def _statistics(
+    head: _Head, z: Tensor, bias: Tensor | None, place: Tensor, peak: Tensor, total: Tensor, picked: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Peak, sum of exponentials and label logit of each row, brought up to date with a tile.
+
+    `place` is where the row's label stands, counted from the first column of the tile; it may lie outside.
+    """
+    if torch.compiler.is_compiling():
+        z = z.clone()
+    if not head.keep_logits:
+        z = head.logits_(z, bias)
+    inside, index = _inside(place, z)
+    picked = torch.where(inside, z.gather(1, index.unsqueeze(1)).squeeze(1), picked)
+    higher = torch.maximum(peak, z.amax(1))
+    offset = torch.where(higher == -torch.inf, 0.0, higher)  # a tile of −inf logits adds nothing
+    total = total * (peak - offset).exp() + z.sub_(offset.unsqueeze(1)).exp_().sum(1)
+    return higher, total, picked
+
+
+def _gradient(
+    head: _Head,
+    z: Tensor,
+    bias: Tensor | None,
+    place: Tensor,
+    normaliser: Tensor,
+    upstream: Tensor,
+    narrow: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """(onehot − softmax) · upstream, taken back to the products, as a factor; and its column sums for a bias."""
+    if torch.compiler.is_compiling():
+        z = z.clone()
+    if not head.keep_logits:
+        z = head.logits_(z, bias)
+    logits = z.clone() if head.softcap is not None else None
+    z.sub_(normaliser.unsqueeze(1)).exp_().mul_(-upstream.unsqueeze(1))
+    inside, index = _inside(place, z)
+    z.scatter_add_(1, index.unsqueeze(1), torch.where(inside, upstream, 0.0).unsqueeze(1))
+    head.chain_(z, logits)
+    return z.to(narrow), None if bias is None else z.sum(0)
+
+
+def _inside(place: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a label stands in this tile, and an index that is legal in any case."""
+    return (place >= 0) & (place < z.shape[1]), place.clamp(0, z.shape[1] - 1)
+
+
+def _compiles(z: Tensor) -> bool:
+    return z.is_cuda and has_triton()
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _precision(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(of statistics, sums and results; of the factors of matrix products).
+
+    CUDA multiplies low precision with wide sums, and autocast says which. A CPU is given wide factors, tile by tile.
+    """
+    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    if not hidden.is_cuda:
+        return wide, wide
+    if torch.is_autocast_enabled("cuda"):
+        return wide, torch.get_autocast_dtype("cuda")
+    return wide, hidden.dtype if hidden.dtype == weight.dtype else wide
+
+
+def _columns(buffer: Tensor | None, tile: slice) -> Tensor:
+    """The start of the buffer as a contiguous [rows, columns of the tile]."""
+    assert buffer is not None
+    width = tile.stop - tile.start
+    return buffer.view(-1)[: len(buffer) * width].view(len(buffer), width)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left · right, summed and kept in `out`'s precision."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, in `total`'s precision. (addmm_ would do the same, unseen by FlopCounterMode.)"""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    floating = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias})}
+    for name, array in floating.items():
+        if not array.is_floating_point():
+            raise TypeError(f"{name} must have a real floating dtype; got {array.dtype}")
+        if array.device != labels.device:
+            raise ValueError(f"{name} must be on the device of labels, {labels.device}; got {array.device}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 token ids; got {labels.dtype}")
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [… D] and weight [V D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels must be {tuple(hidden.shape[:-1])} like hidden without D; got {tuple(labels.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = {tuple(weight.shape[:1])}; got {tuple(bias.shape)}")
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+    return float(value)
+
+
+def _nonzero(name: str, value: float) -> float:
+    if value == 0 or not abs(value) < float("inf"):
+        raise ValueError(f"{name} must be a finite number other than 0; got {value!r}")
+    return float(value)

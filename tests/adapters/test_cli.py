@@ -1,0 +1,88 @@
+"""The command as a user types it: help, flags, a YAML file, wrong words, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selective_pref_adapters.cli import main
+
+
+def flags(policy: Path, reference: Path, pairs: Path, output: Path) -> list[str]:
+    named = {"--model": policy, "--ref-model": reference, "--pairs": pairs, "--output-dir": output}
+    return [str(word) for item in named.items() for word in item]
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("selective-pref ")
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--selection-ratio", "--beta", "--ref-model", "--zero-stage", "--config"):
+        assert name in text
+
+
+def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["tarin"]) == 2
+    assert "no command 'tarin'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--model", "m", "--pairs", "p", "--selection-ration", "0.4"])
+    assert end.value.code == 2
+    assert "--selection-ratio" in capsys.readouterr().err
+
+
+def test_flags_win_over_the_file(
+    policy_folder: Path, reference_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("beta: 0.5\nselection_ratio: 0.25\nmax_steps: 2\nskip_malformed_rows: true\n")
+    arguments = flags(policy_folder, reference_folder, pairs_file, tmp_path / "out")
+    assert main(["train", "--config", str(recipe), *arguments, "--beta", "0.125"]) == 0
+    written = (tmp_path / "out" / "config.yaml").read_text()
+    for line in ("beta: 0.125", "selection_ratio: 0.25", "max_steps: 2", "skip_malformed_rows: true"):
+        assert line in written
+    assert main(["train", f"--config={tmp_path / 'out' / 'config.yaml'}", "--output-dir", str(tmp_path / "two")]) == 0
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "two"))
+    assert one == two
+
+
+def test_a_wrong_file_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\npairs: p\nselction_ratio: 0.4\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(recipe)])
+    shown = capsys.readouterr().err
+    assert "selction" in shown
+    assert "--selection-ratio" in shown
+    recipe.write_text("- a\n- b\n")
+    assert main(["train", "--config", str(recipe)]) == 1
+    assert "name: value" in capsys.readouterr().err
+    recipe.write_text("a: [")
+    assert main(["train", "--config", str(recipe)]) == 1
+    assert "not valid YAML" in capsys.readouterr().err
+    assert main(["train", "--config", str(tmp_path / "absent.yaml")]) == 1
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_an_error_in_the_input_is_one_line_and_status_1(
+    policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *flags(policy_folder, policy_folder, tmp_path / "absent.jsonl", tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "selective-pref train: no preference pairs at" in error
+    assert "Traceback" not in error
+
+
+def test_the_adapters_package_imports_no_framework() -> None:
+    code = "import sys, selective_pref_adapters, selective_pref_adapters.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "transformers", "trl", "deepspeed", "jax"} & set(loaded)

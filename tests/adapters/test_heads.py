@@ -1,0 +1,261 @@
+"""The fused head inside real architectures, wrappers and engines: same log-probs and gradients as their logits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from selective_pref_adapters.heads import install_fused_head, model_per_token_logps
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "gemma3_text": {},
+    "mistral": {},
+    "phi3": {},
+    "phi": {},  # a head with a bias
+    "gpt2": GPT2,
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
+    "olmo2": {},
+    "mixtral": {},
+    "qwen3_moe": {},
+}
+
+
+def make(name: str, **options: Any) -> nn.Module:
+    settings = {**TINY, **ARCHITECTURES[name], **options}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{key: value for key, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # logits of some size, so that scales and caps matter
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1))
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, 9:] = 0
+    completion_mask = attention_mask.clone()
+    completion_mask[:, :4] = 0
+    return {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+def logps_and_gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logps = model_per_token_logps(model, batch)
+    gradient = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2))
+    model.zero_grad()
+    logps.backward(gradient * (gradient > 0))  # rows without a gradient, as after a selection
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logps.detach(), gradients
+
+
+def assert_same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def count_logits(model: nn.Module) -> list[int]:
+    """Numbers of columns that leave the head, call by call."""
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1].shape[-1]))
+    return seen
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str, batch: dict[str, torch.Tensor]) -> None:
+    model = make(name)
+    dense = logps_and_gradients(model, batch)
+    assert install_fused_head(model)
+    columns = count_logits(model)
+    assert_same(logps_and_gradients(model, batch), dense)
+    assert columns == [batch["input_ids"].shape[1] - 1]  # log-probs left the head, not 64 logits
+    model(input_ids=batch["input_ids"])
+    assert columns[-1] == TINY["vocab_size"]  # its own forward is as it was
+    assert install_fused_head(model)
+
+
+def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:
+    model = make("llama", tie_word_embeddings=True)
+    dense = logps_and_gradients(model, batch)
+    assert install_fused_head(model)
+    assert_same(logps_and_gradients(model, batch), dense)
+    model = make("llama", tie_word_embeddings=False)
+    model.model.requires_grad_(False)
+    dense = logps_and_gradients(model, batch)
+    assert install_fused_head(model)
+    assert dense[1].keys() == {"lm_head.weight"}
+    assert_same(logps_and_gradients(model, batch), dense)
+
+
+def test_gradient_checkpointing(batch: dict[str, torch.Tensor]) -> None:
+    model = make("llama")
+    dense = logps_and_gradients(model, batch)
+    install_fused_head(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert_same(logps_and_gradients(model, batch), dense)
+
+
+def test_under_lora_with_the_adapter_on_and_off(batch: dict[str, torch.Tensor]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(make("llama"), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    dense = logps_and_gradients(model, batch)
+    with model.disable_adapter(), torch.no_grad():
+        base = model_per_token_logps(model, batch)
+    assert install_fused_head(model)
+    assert_same(logps_and_gradients(model, batch), dense)
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(model_per_token_logps(model, batch), base)
+    assert not torch.allclose(dense[0], base)
+
+
+def test_an_adapter_on_the_head_itself_is_served_by_logits(
+    batch: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it came after the fused head was installed: its low-rank part must count."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head"])
+    for install_first in (False, True):
+        plain = make("llama")
+        if install_first:
+            assert install_fused_head(plain)
+        torch.manual_seed(4)
+        model = get_peft_model(plain, settings)
+        if not install_first:
+            with caplog.at_level(logging.WARNING):
+                assert not install_fused_head(model)
+            assert "served by its logits" in caplog.text
+            expected = logps_and_gradients(model, batch)
+        else:
+            assert_same(logps_and_gradients(model, batch), expected)
+
+
+class Shifted(nn.Module):
+    """Wraps a forward so that the logits differ from what the configuration says."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(*args, **kwargs)
+        out.logits = torch.tanh(out.logits / 30) * 30
+        return out
+
+
+def test_a_change_of_logits_that_no_configuration_names_is_found(
+    batch: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even one that today's small logits would hardly show."""
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)
+    model.forward = Shifted(model.forward).forward
+    with caplog.at_level(logging.WARNING):
+        assert not install_fused_head(model)
+    assert "in a way that its configuration does not name" in caplog.text
+    assert "completion_labels" not in str(vars(model.lm_head))
+    logps_and_gradients(model, batch)
+
+
+def test_a_layer_between_body_and_head_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama")
+    extra = nn.Linear(32, 32)
+    model.lm_head.register_forward_pre_hook(lambda _, args: (extra(args[0]),))
+    with caplog.at_level(logging.WARNING):
+        assert not install_fused_head(model)
+    assert "something stands between its body and its head" in caplog.text
+
+
+def test_a_copy_answers_for_itself(batch: dict[str, torch.Tensor]) -> None:
+    model = make("llama")
+    install_fused_head(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.1)
+        ours, theirs = model_per_token_logps(model, batch), model_per_token_logps(twin, batch)
+    assert not torch.allclose(ours, theirs)
+    fresh = make("llama")
+    fresh.load_state_dict(twin.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model_per_token_logps(fresh, batch), theirs)
+
+
+def test_autocast(batch: dict[str, torch.Tensor]) -> None:
+    model = make("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = model_per_token_logps(model, batch).detach()
+        install_fused_head(model)
+        ours = model_per_token_logps(model, batch)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.detach(), dense, rtol=0.05, atol=0.1)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """One gloo process, unless a test before this one left a group open."""
+    import torch.distributed as dist
+
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    if mine:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("own_unit", "tied"), [(False, False), (False, True), (True, False)])
+def test_fsdp2(batch: dict[str, torch.Tensor], process_group: None, own_unit: bool, tied: bool) -> None:
+    """Weights are gathered around modules, for the backward pass too: with the head in the root's unit or its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make("llama", tie_word_embeddings=tied)
+    dense = logps_and_gradients(model, batch)
+    assert install_fused_head(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if own_unit:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    logps, gradients = logps_and_gradients(model, batch)
+    whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    assert_same((logps, whole), dense)

@@ -1,0 +1,71 @@
+"""A tiny model made on the spot, with a tokenizer whose words are its tokens, and preference rows it can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+WORDS = [f"w{number}" for number in range(24)]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+def make_tokenizer(words: list[str]) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(folder: Path, seed: int, words: list[str] = WORDS, **options: Any) -> Path:
+    """Saves a Llama of a few thousand parameters and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(["user", "assistant", *words])
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**settings, **options})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def text_rows(count: int) -> list[dict[str, str]]:
+    """Rows of unequal lengths; five prompts, each with several pairs."""
+    import random
+
+    pick = random.Random(0)
+
+    def some(low: int, high: int) -> str:
+        return " ".join(pick.choices(WORDS, k=pick.randint(low, high)))
+
+    prompts = [some(2, 6) for _ in range(5)]
+    return [{"prompt": prompts[i % 5] + " ", "chosen": some(1, 9), "rejected": some(1, 9)} for i in range(count)]

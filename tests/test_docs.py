@@ -1,0 +1,124 @@
+"""What the pages say is run: every ```python block of the README and of docs/, in order, one namespace a page.
+
+Where a ```text block directly follows, the printed output must equal it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import selective_pref
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
+OUTPUTS = ("text", "console output")
+FENCE = re.compile(r"^```(?P<kind>[^\n`]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Python code of a page, the line it starts on, and what it must print (None: not looked at)."""
+
+    code: str
+    line: int
+    output: str | None
+
+
+def blocks_of(text: str) -> list[Block]:
+    fences = list(FENCE.finditer(text))
+    blocks = []
+    for fence, after in zip(fences, [*fences[1:], None], strict=False):
+        if fence["kind"].strip() != "python":
+            continue
+        shown = after is not None and after["kind"].strip() in OUTPUTS and not text[fence.end() : after.start()].strip()
+        line = text.count("\n", 0, fence.start("body"))
+        blocks.append(Block(code=fence["body"], line=line, output=after["body"] if after and shown else None))
+    return blocks
+
+
+def run(page: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        printed = io.StringIO()
+        code = compile("\n" * block.line + block.code, str(page), "exec")  # tracebacks show the page's line
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        if block.output is not None:
+            assert printed.getvalue() == block.output, f"{page.name}, line {block.line + 1}"
+
+
+def pages_with_code() -> list[Path]:
+    return [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", pages_with_code(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_python_block_escapes_the_check(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^\s*(?:```+|~~~+)\s*\{?\.?py", text, re.MULTILINE)) == len(blocks_of(text))
+
+
+def test_a_wrong_output_and_a_raising_block_are_caught(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(1)\n```\n\n```text\n2\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md, line 2"):
+        run(page)
+    page.write_text("```python\nvalue = 1\n```\n\nThen:\n\n```python\nassert value == 2\n```\n")
+    with pytest.raises(AssertionError) as caught:
+        run(page)
+    assert caught.traceback[-1].lineno == 7  # counted from 0
+
+
+def test_reference_holds_the_public_names_once_each() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    # diagnostics is a module as well, so its entry has to name both
+    entries = re.findall(r"^::: selective_pref\.(?:diagnostics\.)?(\w+)$", text, re.MULTILINE)
+    assert sorted(entries) == sorted(selective_pref.__all__)
+
+
+def train_flags() -> dict[str, str]:
+    """Flag → default as the page writes it, read from the source: importing it would import DeepSpeed."""
+    source = (ROOT / "adapters" / "selective_pref_adapters" / "train_config.py").read_text(encoding="utf-8")
+    config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
+    words = {"required": "required", "None": "none", "False": "off", "True": "on"}
+    flags = {}
+    for field in config.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            default = "required" if field.value is None else ast.unparse(field.value).strip("'")
+            flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
+    return flags
+
+
+def test_every_flag_of_train_is_described_with_its_default() -> None:
+    page = (ROOT / "docs" / "adapters" / "deepspeed.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]+?) \|", page, re.MULTILINE)) == train_flags()
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "index.html").is_file()

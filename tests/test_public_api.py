@@ -1,0 +1,162 @@
+"""The public surface: names, docstrings, who imports whom, what an import costs, and examples that run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import selective_pref
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = sorted((ROOT / "selective_pref").glob("*.py"))
+FRAMEWORKS = ("torch", "numpy", "jax", "transformers", "trl", "deepspeed", "datasets", "accelerate", "peft")
+MAY_IMPORT = {"array_api_compat", "selective_pref", *sys.stdlib_module_names}
+
+PUBLIC = {name: getattr(selective_pref, name) for name in selective_pref.__all__}
+CALLABLE = {name: value for name, value in PUBLIC.items() if inspect.isroutine(value) or inspect.isclass(value)}
+
+
+def test_all_is_what_can_be_imported() -> None:
+    names = {
+        name
+        for name, value in vars(selective_pref).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert names == set(selective_pref.__all__)
+    assert list(selective_pref.__all__) == sorted(selective_pref.__all__)
+    scope: dict[str, object] = {}
+    exec("from selective_pref import *", scope)
+    assert names <= set(scope)
+
+
+def test_the_contract_is_there() -> None:
+    assert {
+        "Response",
+        "PreferenceLoss",
+        "selective_dpo_loss",
+        "dpo_loss",
+        "simpo_loss",
+        "select",
+        "alignment_scores",
+        "quantile_weights",
+        "diagnostics",
+        "check_finite",
+        "per_token_logps",
+    } <= set(PUBLIC)
+    assert selective_pref.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_public_things_say_what_they_take_return_and_raise(name: str) -> None:
+    value = CALLABLE[name]
+    text = inspect.getdoc(value)
+    assert text, f"{name} has no docstring"
+    assert len(text.splitlines()[0]) > 20
+    if inspect.isclass(value):
+        if not issubclass(value, Exception):
+            assert "Attributes:" in text
+            for field in inspect.signature(value).parameters:
+                assert field in text
+        return
+    parameters = [p for p in inspect.signature(value).parameters if p not in ("chosen", "rejected", "responses", "out")]
+    for parameter in parameters:
+        assert parameter in text or "Args, Returns, Raises: as" in text, f"{name} does not explain {parameter}"
+    if parameters:
+        assert "Args" in text
+        assert "Returns" in text
+        assert "Raises" in text or name == "mean_logp"  # which refuses nothing
+
+
+@pytest.mark.parametrize("name", [name for name in CALLABLE if not inspect.isclass(CALLABLE[name])])
+def test_public_functions_have_annotations(name: str) -> None:
+    signature = inspect.signature(CALLABLE[name])
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_modules_open_with_what_they_are(path: Path) -> None:
+    assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 40
+
+
+def imported(path: Path, module_level: bool) -> set[str]:
+    """Dotted names that a file imports: at module level (class bodies and conditions included), or inside functions."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if inside != module_level:
+                if isinstance(child, ast.Import):
+                    found.update(alias.name for alias in child.names)
+                elif isinstance(child, ast.ImportFrom):
+                    assert child.level == 0, f"{path.name}: imports are absolute"
+                    found.add(child.module or "")
+            walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    walk(ast.parse(path.read_text(encoding="utf-8")), inside=False)
+    return found
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_the_core_imports_the_standard_library_and_array_api_compat(path: Path) -> None:
+    allowed = MAY_IMPORT | ({"torch"} if path.stem == "fused" else set())
+    outside = {name for name in imported(path, module_level=True) if name.split(".")[0] not in allowed}
+    assert not outside
+    later = {name for name in imported(path, module_level=False) if name.split(".")[0] not in allowed}
+    assert later <= ({"jax"} if path.stem == "_arrays" else set())
+
+
+@pytest.mark.parametrize("path", [p for p in CORE if p.stem != "fused"], ids=lambda path: path.stem)
+def test_only_fused_is_imported_by_name(path: Path) -> None:
+    names = imported(path, module_level=True) | imported(path, module_level=False)
+    assert "selective_pref.fused" not in names
+    assert not any(name.startswith("selective_pref_adapters") for name in names)
+
+
+def test_imports_of_the_core_point_one_way() -> None:
+    """The arrows of the data flow: no module imports a later one."""
+    order = ["_arrays", "response", "scores", "rewards", "selection", "losses", "diagnostics", "logps", "fused"]
+    for path in CORE:
+        if path.stem == "__init__":
+            continue
+        for name in imported(path, module_level=True):
+            if name.startswith("selective_pref."):
+                assert order.index(name.split(".")[1]) < order.index(path.stem), f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["selective_pref", "selective_pref_adapters"])
+def test_an_import_loads_no_framework(package: str, tmp_path: Path) -> None:
+    program = f"import sys, {package}; print(*[m for m in {FRAMEWORKS!r} if m in sys.modules])"
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters"))
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout.split(), run.stderr) == (0, [], "")
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(selective_pref.__path__)])
+def test_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(f"selective_pref.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_modules_of_the_main_path_have_an_example() -> None:
+    for name in ("response", "selection", "losses"):
+        module = importlib.import_module(f"selective_pref.{name}")
+        assert doctest.DocTestFinder().find(module)[0].examples or module.__doc__.count(">>>") > 0
+        assert doctest.testmod(module).attempted > 0
