@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/basedpyright
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: $(READY)
 	$(BIN)/selective-pref demo

@@ -15,6 +15,24 @@ from selective_pref_adapters.pairs import IGNORE_INDEX
 
 Batch = Mapping[str, torch.Tensor]
 
+REF_LOGPS = "ref_per_token_logps_bits"
+"""The batch's key of stored reference log-probs; see `to_bits`."""
+SCORING_REF_LOGPS = "scoring_ref_per_token_logps_bits"
+"""Likewise of the reference that scores tokens, where it is another than the one that anchors the reward."""
+
+
+def to_bits(logps: torch.Tensor) -> torch.Tensor:
+    """Log-probs as the int32 bits of their float32 values.
+
+    Trainers cast every float of a batch to the model's dtype (bf16 under DeepSpeed, say) and leave integers alone.
+    """
+    return logps.to(torch.float32).view(torch.int32)
+
+
+def from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The float32 log-probs that `to_bits` packed."""
+    return bits.view(torch.float32)
+
 
 def labels_of(batch: Batch) -> torch.Tensor:
     """The token ids where a completion token stands, -100 elsewhere: int64 [2B T+1], not shifted."""

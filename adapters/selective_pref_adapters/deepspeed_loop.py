@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,19 +38,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed says on stdout when it has to guess
 import deepspeed
 
-from selective_pref import (
-    NonFiniteError,
-    Objective,
-    PreferenceLoss,
-    check_finite,
-    diagnostics,
-    dpo_loss,
-    selective_dpo_loss,
-    sft_loss,
-    simpo_loss,
-)
-from selective_pref_adapters.batch import responses
+from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.heads import install_fused_head, model_per_token_logps
+from selective_pref_adapters.monitoring import (
+    SELF_REFERENCE,
+    finite_everywhere,
+    mean_over_pairs,
+    non_finite_error,
+    same_weights,
+)
+from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, loss_of_batch, make_objective
 from selective_pref_adapters.pairs import (
     PreferenceRow,
     TokenizedPair,
@@ -86,7 +82,7 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteError: a log-prob became NaN or infinite; names step, rows and tokens.
     """
     check_config(config)
-    objective = make_objective(config)
+    objective = configured_objective(config)
     output_dir = fresh_folder(config.output_dir)  # made when there is something to put into it
     console = Console(stderr=True)
     disable_progress_bar()  # of loading and saving; ours are those of tokenising and training
@@ -122,21 +118,19 @@ def train(config: TrainConfig) -> TrainResult:
         if ref_engine is not None:
             with torch.no_grad():
                 ref_logps = model_per_token_logps(ref_engine, batch)
-        return objective(*responses(batch, model_per_token_logps(engine, batch), ref_logps))
+        return loss_of_batch(objective, batch, model_per_token_logps(engine, batch), ref_logps)
 
     def evaluate() -> Metrics:
         """Means over the held-out pairs, names prefixed with `eval_`; empty without held-out pairs."""
         if not eval_pairs:
             return {}
         engine.eval()
-        total: dict[str, float] = defaultdict(float)
+        starts = range(0, len(eval_pairs), config.batch_size)
+        batches = [eval_pairs[start : start + config.batch_size] for start in starts]
         with torch.no_grad():
-            for start in range(0, len(eval_pairs), config.batch_size):
-                pairs = eval_pairs[start : start + config.batch_size]
-                for name, value in diagnostics(losses_of(pairs)).items():
-                    total[f"eval_{name}"] += float(value) * len(pairs) / len(eval_pairs)
+            means = mean_over_pairs([diagnostics(losses_of(pairs)) for pairs in batches], [*map(len, batches)])
         engine.train()
-        return dict(total)
+        return {f"eval_{name}": value for name, value in means.items()}
 
     with RunLog(output_dir, config) as log:
         first_evaluation = last_evaluation = evaluate()
@@ -176,13 +170,6 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(output_dir=output_dir, metrics=log.lines, summary=summary)
 
 
-SELF_REFERENCE = (
-    "the reference equals the initial policy. Every alignment score then starts at 0, a token that moves drops out of "
-    "the selection, and Selective-DPO hardly learns. Give a stronger ref_model of the same tokenizer, or set "
-    "selection_ratio to 1 (plain DPO)"
-)
-
-
 # --- what a run is made of -------------------------------------------------------------------------------------------
 
 
@@ -191,8 +178,8 @@ def check_config(config: TrainConfig) -> None:
 
     β, ratio, pool, ties, γ and label smoothing are checked by the loss itself, on a pair of one token.
     """
-    objective = make_objective(config)
-    needs_reference = config.objective in ("selective_dpo", "dpo")
+    objective = configured_objective(config)
+    needs_reference = config.objective in NEEDS_REFERENCE
     if needs_reference and config.ref_model is None:
         raise ValueError(
             f"objective {config.objective!r} compares the policy with a reference: give ref_model (the stronger the "
@@ -218,29 +205,20 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(
             f"this loop runs on one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}: start it without torchrun"
         )
-    one = torch.zeros(2, 1)
-    objective(*responses({"completion_mask": torch.ones(2, 2)}, one, one if needs_reference else None))
+    check_objective(objective, reference=needs_reference)
 
 
-def make_objective(config: TrainConfig) -> Objective:
+def configured_objective(config: TrainConfig) -> Objective:
     """The loss that the configuration names, as a callable (chosen, rejected) → PreferenceLoss."""
-    smoothing = config.label_smoothing
-    objectives: dict[str, Objective] = {
-        "selective_dpo": partial(
-            selective_dpo_loss,
-            beta=config.beta,
-            selection_ratio=config.selection_ratio,
-            pool=config.selection_pool,
-            ties=config.selection_ties,
-            label_smoothing=smoothing,
-        ),
-        "dpo": partial(dpo_loss, beta=config.beta, label_smoothing=smoothing),
-        "simpo": partial(simpo_loss, beta=config.beta, gamma=config.gamma, label_smoothing=smoothing),
-        "sft": sft_loss,
-    }
-    if config.objective not in objectives:
-        raise ValueError(f"objective must be one of {sorted(objectives)}; got {config.objective!r}")
-    return objectives[config.objective]
+    return make_objective(
+        config.objective,
+        beta=config.beta,
+        selection_ratio=config.selection_ratio,
+        selection_pool=config.selection_pool,
+        selection_ties=config.selection_ties,
+        gamma=config.gamma,
+        label_smoothing=config.label_smoothing,
+    )
 
 
 def fresh_folder(path: str) -> Path:
@@ -333,14 +311,6 @@ def check_vocabulary(
                 f"token id {highest} is outside the {name}'s vocabulary of {model.config.vocab_size}: tokenizer and "
                 "model do not belong together"
             )
-
-
-def same_weights(policy: torch.nn.Module, reference: torch.nn.Module | None) -> bool:
-    """Whether the reference is, weight for weight, the policy."""
-    if reference is None:
-        return False
-    ours, theirs = policy.state_dict(), reference.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def number_of_steps(config: TrainConfig, pairs: int) -> int:
@@ -466,16 +436,8 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
 
 def raise_if_not_finite(out: PreferenceLoss, pairs: Sequence[TokenizedPair], step: int) -> None:
     """Stops before a gradient that is not finite reaches the weights. Reads one number back from the device."""
-    if torch.isfinite(out.losses).all():
-        return
-    places = ", ".join(f"{row} = {pair.place}" for row, pair in enumerate(pairs))
-    try:
-        check_finite(out.chosen, out.rejected)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"step {step}: {error}. Rows of this batch: {places}") from error
-    raise NonFiniteError(
-        f"step {step}: the loss is not finite although every log-prob is. Rows of this batch: {places}"
-    )
+    if not finite_everywhere(out.losses):
+        raise non_finite_error(out, f"step {step}", [pair.place for pair in pairs])
 
 
 @dataclass
@@ -490,7 +452,7 @@ class Window:
 
     def close(self) -> Metrics:
         """The means over the batches; starts anew."""
-        means = {name: float(torch.stack([b[name] for b in self.batches]).mean()) for name in self.batches[0]}
+        means = mean_over_pairs(self.batches, [1] * len(self.batches))
         self.batches = []
         return means
 

@@ -113,7 +113,7 @@ def test_the_whole_demo_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = tmp_path / "demo-2"
     results = json.loads((folder / "results.json").read_text())
     (run,) = results["runs"]
-    keys = {"student", "teacher", *(method.key for method in demo.METHODS)}
+    keys = {"student", "finished", "teacher", *(method.key for method in demo.METHODS)}
     assert run["success"].keys() == keys
     assert all(0 <= rate["right"] <= rate["samples"] == 64 for rate in run["success"].values())
     shares = run["decisive_shares"]["selective_self before"]

@@ -1,0 +1,83 @@
+"""What a run says of itself, over all its processes: metrics, broken numbers, a reference that teaches nothing.
+
+In: diagnostics and losses of one process's batches. Out: means over all processes, one decision on all of them, errors
+that name rows. Without an initialised process group there is one process, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from selective_pref import NonFiniteError, PreferenceLoss, check_finite
+
+SELF_REFERENCE = (
+    "the reference equals the initial policy. Every alignment score then starts at 0, a token that moves drops out of "
+    "the selection, and Selective-DPO hardly learns. Give a stronger ref_model of the same tokenizer, or set "
+    "selection_ratio to 1 (plain DPO)"
+)
+
+
+def mean_over_pairs(batches: Sequence[Mapping[str, Tensor]], pairs: Sequence[int]) -> dict[str, float]:
+    """Means of `diagnostics` over all pairs of all batches of all processes; every process must call it.
+
+    Args:
+        batches: metrics of each batch, 0-d, of the same names in every batch and process.
+        pairs: how many pairs each batch held: a mean of means over unequal batches would favour small ones.
+
+    Returns:
+        Plain numbers, the same on every process; one read-back from the device in all.
+    """
+    if not batches:
+        return {}
+    names = list(batches[0])
+    values = torch.stack([torch.stack([batch[name].detach().double() for name in names]) for batch in batches])
+    weights = torch.tensor(pairs, dtype=values.dtype, device=values.device)
+    total = torch.cat([weights @ values, weights.sum().unsqueeze(0)])
+    if _distributed():
+        dist.all_reduce(total)
+    *sums, count = total.tolist()
+    return {name: value / count for name, value in zip(names, sums, strict=True)}
+
+
+def finite_everywhere(losses: Tensor) -> bool:
+    """Whether every loss of every process is finite: the same answer on all of them, so that all may act alike."""
+    broken = (~torch.isfinite(losses.detach())).any().float()
+    if _distributed():
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+    return not bool(broken)
+
+
+def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()) -> NonFiniteError:
+    """The error that says what is broken: in this process's batch if it is there, else that another's is.
+
+    Args:
+        out: the losses of this process's batch.
+        where: what to put in front, as ``"step 3"``.
+        places: where each pair of the batch came from (``"pairs.jsonl:17"``), if that is known.
+    """
+    rows = (
+        f". Rows of this batch: {', '.join(f'{row} = {place}' for row, place in enumerate(places))}" if places else ""
+    )
+    if bool(torch.isfinite(out.losses).all()):
+        return NonFiniteError(f"{where}: the loss of another process is not finite; see its message{rows}")
+    try:
+        check_finite(out.chosen, out.rejected)
+    except NonFiniteError as error:
+        return NonFiniteError(f"{where}: {error}{rows}")
+    return NonFiniteError(f"{where}: the loss is not finite although every log-prob is{rows}")
+
+
+def same_weights(policy: nn.Module, reference: nn.Module | None) -> bool:
+    """Whether the reference is, weight for weight, the policy."""
+    if reference is None:
+        return False
+    ours, theirs = policy.state_dict(), reference.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
