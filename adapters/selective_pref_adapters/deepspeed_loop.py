@@ -39,7 +39,7 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from selective_pref import Objective, PreferenceLoss, diagnostics
-from selective_pref_adapters.heads import install_fused_head, model_per_token_logps
+from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     finite_everywhere,
@@ -114,10 +114,7 @@ def train(config: TrainConfig) -> TrainResult:
     def losses_of(pairs: Sequence[TokenizedPair]) -> PreferenceLoss:
         """The step that the rest of this file serves: token ids in, losses out."""
         batch = {name: tensor.to(engine.device) for name, tensor in collate(pairs, pad_token_id).items()}
-        ref_logps = None
-        if ref_engine is not None:
-            with torch.no_grad():
-                ref_logps = model_per_token_logps(ref_engine, batch)
+        ref_logps = None if ref_engine is None else frozen_per_token_logps(ref_engine, batch)
         return loss_of_batch(objective, batch, model_per_token_logps(engine, batch), ref_logps)
 
     def evaluate() -> Metrics:

@@ -43,6 +43,33 @@ def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
     return logps
 
 
+def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
+    """`model_per_token_logps` of a model that does not learn, a reference: [2B T] without a gradient.
+
+    On a CPU every row is scored by itself, without its padding. That costs nothing there, and the bits of a row then
+    depend on the row alone: the same whether it was scored beside others, in another order, or long before. Every
+    process calls the model as many times as its batch has rows, whatever they hold, so that sharded weights can be
+    gathered together.
+
+    Args:
+        model: as in `model_per_token_logps`, in evaluation mode.
+        batch: likewise; padding may stand on either side.
+    """
+    with torch.no_grad():
+        if batch["input_ids"].is_cuda:
+            return model_per_token_logps(model, batch).detach()
+        rows, width = batch["input_ids"].shape
+        out = torch.zeros(rows, max(width - 1, 0))
+        for row in range(rows):
+            places = batch["attention_mask"][row].nonzero().squeeze(-1)
+            alone = places if len(places) else torch.zeros(1, dtype=torch.int64)  # an empty row still takes its turn
+            names = ("input_ids", "attention_mask", "completion_mask")
+            logps = model_per_token_logps(model, {name: batch[name][row, alone].unsqueeze(0) for name in names})
+            out = out.to(logps.dtype)
+            out[row, alone[1:] - 1] = logps[0]
+        return out
+
+
 def install_fused_head(model: nn.Module) -> bool:
     """Makes `model_per_token_logps` of this model use the fused head; returns whether it could.
 

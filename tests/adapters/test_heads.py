@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selective_pref_adapters.heads import install_fused_head, model_per_token_logps
+from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 
 TINY = {
     "vocab_size": 64,
@@ -118,6 +118,24 @@ def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:
     assert install_fused_head(model)
     assert dense[1].keys() == {"lm_head.weight"}
     assert_same(logps_and_gradients(model, batch), dense)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_frozen_model_s_bits_depend_on_the_row_alone(batch: dict[str, torch.Tensor], fused: bool) -> None:
+    model = make("qwen3")
+    if fused:
+        install_fused_head(model)
+    whole = frozen_per_token_logps(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(whole, model_per_token_logps(model, batch))
+    assert not whole.requires_grad
+    for row in range(4):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        padded = {name: torch.nn.functional.pad(tensor, (5, 3)) for name, tensor in alone.items()}
+        assert torch.equal(frozen_per_token_logps(model, alone), whole[row : row + 1])
+        assert torch.equal(frozen_per_token_logps(model, padded)[:, 5:-3], whole[row : row + 1])
+    empty = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
+    assert torch.equal(frozen_per_token_logps(model, empty), torch.zeros(4, 11))
 
 
 def test_gradient_checkpointing(batch: dict[str, torch.Tensor]) -> None:
