@@ -181,7 +181,7 @@ class ReferenceStore:
         self.hits = 0
         self.misses = 0
         self._shards: list[Shard] = []
-        self._seen: set[str] = set()
+        self._seen: dict[str, tuple[int, int, int]] = {}  # name → which file was looked at
         self._where: dict[bytes, tuple[int, int]] = {}  # key → (shard, row in it)
         self._elsewhere: dict[bytes, list[tuple[int, int]]] = {}  # further copies, for when the first is damaged
         self._files: OrderedDict[int, Any] = OrderedDict()
@@ -239,25 +239,32 @@ class ReferenceStore:
             StoreError: the folder cannot be read.
         """
         try:
-            names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name.endswith(SUFFIX))
+            with os.scandir(self.folder) as entries:
+                names = sorted(entry.name for entry in entries if entry.name.endswith(SUFFIX))
         except OSError as error:
             raise StoreError(f"the space {self.folder} cannot be read: {error.strerror}") from error
         with self._lock:
-            return sum(self._take(name) for name in names if name not in self._seen)
+            return sum(self._take(name) for name in names)
 
     def _take(self, name: str) -> bool:
-        """Reads a shard's index and remembers where its rows are; False where there is nothing to believe."""
+        """Reads a shard's index and remembers where its rows are; False where there is nothing new to believe."""
+        path = self.folder / name
         try:
-            shard = Shard.read(self.folder / name, self.space.name)
+            stat = path.stat()
+            stamp = stat.st_ino, stat.st_mtime_ns, stat.st_size
+            if self._seen.get(name) == stamp:
+                return False
+            self._seen[name] = stamp  # a damaged file may be replaced by its own rebuilt self: same content, same name
+            shard = Shard.read(path, self.space.name)
         except FileNotFoundError:
             return False  # merged into another since the folder was read
         except DamageError as error:
-            self._seen.add(name)
             if not isinstance(error, OtherFormatError):
                 self.unreadable.add(name)
             self._report(name, str(error))
             return False
-        self._seen.add(name)
+        self.unreadable.discard(name)
+        self.damaged.pop(name, None)
         self._shards.append(shard)
         number = len(self._shards) - 1
         for row, key in enumerate(shard.keys()):
