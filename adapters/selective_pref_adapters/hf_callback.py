@@ -88,7 +88,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.patience = patience
         self.picture_pairs = picture_pairs
         self.warnings: list[dict[str, Any]] = []
-        self.history: dict[str, list[tuple[float, float]]] = {}  # (margin, accuracy) of the last logs, by prefix
+        self.history: dict[str, list[list[float]]] = {}  # [margin / β, accuracy] of the last logs, by prefix
         self.trainer: Any = None
         self._drawn_at = -1
 
@@ -210,7 +210,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         selects = logs.get("selection/ratio", 1.0) < 1
         if "rewards/margins" in values:
             seen = self.history.setdefault(prefix, [])
-            seen.append((values["rewards/margins"], values["rewards/accuracies"]))
+            beta = logs.get("selection/beta", 1.0)  # a schedule of β moves the margin, too
+            seen.append([values["rewards/margins"] / beta, values["rewards/accuracies"]])
             patience = max(3, self.patience // 3) if prefix else self.patience
             del seen[: -2 * patience]
             for kind in wrong_signs(seen, patience):
@@ -265,8 +266,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         return out, labels["places"]
 
 
-def wrong_signs(seen: Sequence[tuple[float, float]], patience: int) -> list[str]:
-    """Kinds of warning that a series of (full margin, full accuracy) gives rise to.
+def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
+    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
 
     "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
     errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.

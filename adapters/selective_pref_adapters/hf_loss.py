@@ -257,7 +257,7 @@ class OnlineReference:
             "bf16": {"enabled": next(self.model.parameters()).dtype == torch.bfloat16},
         }
         engine, *_ = deepspeed.initialize(model=self.model, config=config)
-        return engine.eval()
+        return engine
 
 
 @contextmanager
