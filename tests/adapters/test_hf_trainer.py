@@ -835,7 +835,7 @@ def test_the_script_of_the_page_trains_on_real_pairs(
         "PAIRS": shared / "data" / "gsm8k_pairs.jsonl",
         "MODEL": shared / "models" / "stories260k",
         "REFERENCE": teacher,
-        "STEPS": 4,
+        "STEPS": 2,
     }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)
@@ -846,4 +846,4 @@ def test_the_script_of_the_page_trains_on_real_pairs(
     assert logged(trainer, "eval_selection/fraction")
     assert list((tmp_path / "runs" / "hf" / "selection").iterdir())
     assert list((tmp_path / "runs" / "hf" / "runs").iterdir())
-    assert (tmp_path / "runs" / "hf" / "checkpoint-4" / "trainer_state.json").is_file()
+    assert (tmp_path / "runs" / "hf" / "checkpoint-2" / "trainer_state.json").is_file()
