@@ -76,7 +76,9 @@ def same_weights(policy: nn.Module, reference: nn.Module | None) -> bool:
     if reference is None:
         return False
     ours, theirs = policy.state_dict(), reference.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name].to(ours[name].device)) for name in ours
+    )
 
 
 def _distributed() -> bool:

@@ -109,7 +109,7 @@ def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[Pref
     rows: list[PreferenceRow] = []
     for place, read in _raw_rows(path):
         try:
-            rows.append(_preference_row(read(), place))
+            rows.append(preference_row(read(), place))
         except RowError as error:
             if malformed is None:
                 raise
@@ -117,6 +117,32 @@ def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[Pref
     if not rows:
         raise ValueError(f"{path} holds no rows" + (f" but {len(malformed)} malformed ones" if malformed else ""))
     return rows
+
+
+def preference_row(row: Any, place: str) -> PreferenceRow:
+    """A checked row with its prompt made explicit.
+
+    Args:
+        row: what a file or a dataset holds: a dict with `chosen`, `rejected` and mostly `prompt`.
+        place: where it came from, for error messages.
+
+    Raises:
+        RowError: it is no preference pair.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"{place}: expected an object with 'prompt', 'chosen' and 'rejected'; got {type(row).__name__}")
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
+    sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
+    kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
+    if len(set(kinds.values())) > 1:
+        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
+    if "prompt" in sides:
+        return PreferenceRow(**sides, place=place)
+    extract = _prompt_of_text if kinds["chosen"] == "text" else _prompt_of_messages
+    prompt, chosen, rejected = extract(sides["chosen"], sides["rejected"], place)
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
 
 
 def split_by_prompt(
@@ -282,24 +308,6 @@ def _dataset(path: Path) -> Any:
             raise ValueError(f"{path} holds the splits {sorted(dataset)}: name one of their folders")
         return dataset["train"]
     return dataset
-
-
-def _preference_row(row: Any, place: str) -> PreferenceRow:
-    """A checked row with its prompt made explicit."""
-    if not isinstance(row, dict):
-        raise RowError(f"{place}: expected an object with 'prompt', 'chosen' and 'rejected'; got {type(row).__name__}")
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
-    sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
-    kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
-    if len(set(kinds.values())) > 1:
-        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
-    if "prompt" in sides:
-        return PreferenceRow(**sides, place=place)
-    extract = _prompt_of_text if kinds["chosen"] == "text" else _prompt_of_messages
-    prompt, chosen, rejected = extract(sides["chosen"], sides["rejected"], place)
-    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
 
 
 def _kind(value: Any, place: str) -> str:
