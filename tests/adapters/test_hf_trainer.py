@@ -648,7 +648,7 @@ def test_two_processes(
     command += [str(policy_folder), str(reference_folder), str(pairs_file), str(tmp_path)]
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters", "tests/adapters"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0]["ddp"]["train"] == results[1]["ddp"]["train"]
