@@ -95,7 +95,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not self._needs_reference and (ref_model is not None or args.reference_store is not None):
             raise ValueError("this objective reads no reference: leave ref_model and reference_store out")
 
-        adapter = others.get("peft_config") is not None or is_peft_model(model)
+        adapter = others.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
         self._reference_given = ref_model is not None
         self._ref_tokenizer = None if ref_model is None else _tokenizer_of(ref_model, args)
         if isinstance(ref_model, str):
@@ -124,7 +124,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         finally:
             args.precompute_ref_log_probs = precompute
         self.precompute_ref_logps = precompute and self._stores
-        check_models(self.model, self.ref_model, self.processing_class, self._ref_tokenizer)
+        check_models(self.model, ref_model, self.processing_class, self._ref_tokenizer)
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
                 "this mixture of experts would add its load-balancing loss, which no objective here reads: set "
