@@ -17,14 +17,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ProcessorMixin
+from transformers import AutoTokenizer
 from trl import DPOTrainer
 
 from selective_pref import Objective, PreferenceLoss, diagnostics
@@ -37,11 +36,18 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     same_weights,
 )
-from selective_pref_adapters.objectives import check_objective, loss_of_batch
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer
+from selective_pref_adapters.objectives import loss_of_batch
+from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_cache import ReferenceStore
 from selective_pref_adapters.scoring import fill_store, reference_space
-from selective_pref_adapters.trl_config import SelectiveDPOConfig, check_options, default_of
+from selective_pref_adapters.trl_config import (
+    SelectiveDPOConfig,
+    check_arguments,
+    check_models,
+    check_stored_dataset,
+    needs_reference,
+    selects_by_alignment,
+)
 
 from trl.trainer.utils import create_model_from_path, use_adapter  # isort: skip
 
@@ -69,6 +75,10 @@ class SelectiveDPOTrainer(DPOTrainer):
         ValueError: an option, model, reference, store or data set that has no meaning here; says what to do instead.
     """
 
+    _name = "Selective-DPO"
+    _tag_names: ClassVar[list[str]] = ["trl", "dpo", "selective-dpo"]
+    _paper: ClassVar[dict[str, str]] = {}  # the model card would cite DPO's for it; the project's CITATION.cff has both
+
     def __init__(
         self,
         model: Any,
@@ -87,7 +97,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
         self._custom_objective = objective
         check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
-        self._needs_reference = _needs_reference(objective or args.objective())
+        self._needs_reference = needs_reference(objective or args.objective())
         self._stores = self._needs_reference and (args.reference_store is not None or args.precompute_ref_log_probs)
         self._fills = self._stores and (args.precompute_ref_log_probs or ref_model is not None)
         self._store: ReferenceStore | None = None
@@ -223,7 +233,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         fill_store(
             self._store,
             lacking[self.accelerator.process_index :: self.accelerator.num_processes],
-            reference.to(self.accelerator.device),
+            _placed(reference, self.accelerator.device),
             pad_token_id=self.processing_class.pad_token_id,
             batch_tokens=2 * batch_size * (self.args.max_length or 1024),
             progress=self.accelerator.is_main_process and not self.args.disable_tqdm,
@@ -257,7 +267,7 @@ class SelectiveDPOTrainer(DPOTrainer):
 
     def _is_self_referenced(self) -> bool:
         """Whether tokens are selected by how far the policy is from its own start."""
-        if not self._needs_reference or not _selects(self.args, self._custom_objective):
+        if not self._needs_reference or not selects_by_alignment(self.args, self._custom_objective):
             return False
         if self._reference_given:
             return same_weights(self.model, self.accelerator.unwrap_model(self.ref_model))
@@ -283,8 +293,7 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
     Raises:
         ValueError: the data set cannot be read twice, or a completion is not the end of its row.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(_NO_STREAM.format(name=name, kind=type(dataset).__name__))
+    check_stored_dataset(name, dataset)
     pairs = []
     for number, example in enumerate(dataset):
         batch = collator([example])
@@ -308,12 +317,6 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
             )
         )
     return pairs
-
-
-_NO_STREAM = (
-    "the {name} data set is a {kind}: stored reference log-probs need a data set that is read before training. Give a "
-    "datasets.Dataset, or a ref_model and no store"
-)
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -377,6 +380,12 @@ def initial_policy(policy: Any, args: SelectiveDPOConfig, quantization_config: A
     return copy.deepcopy(policy)
 
 
+def _placed(model: Any, device: torch.device) -> Any:
+    """The model on the device, unless it is spread over several."""
+    here = next(model.parameters()).device == device or hasattr(model, "hf_device_map")
+    return model if here else model.to(device)
+
+
 def _tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:
     """The reference's own tokenizer; None, with a word in the log, where there is none to compare."""
     name = reference if isinstance(reference, str) else reference.config._name_or_path
@@ -393,78 +402,6 @@ def _trusts_remote_code(args: SelectiveDPOConfig) -> bool:
     return bool(getattr(args, "trust_remote_code", False))  # an option since TRL 1.2
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_arguments(args: Any, objective: Objective | None, processing_class: Any, datasets: list[Any]) -> None:
-    """Raises at what cannot work, before anything is loaded."""
-    if not isinstance(args, SelectiveDPOConfig):
-        raise TypeError(f"args must be a SelectiveDPOConfig, DPOConfig with a selection; got {type(args).__name__}")
-    check_options(args)  # again: options may have been set since
-    if objective is not None:
-        for name in _OF_THE_LOSS:
-            option = next(f for f in dataclasses.fields(args) if f.name == name)
-            if getattr(args, name) != default_of(option):
-                raise ValueError(f"{name} is not read beside objective=: bind it there, or leave objective out")
-    if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(_NO_VISION)
-    for dataset in datasets:
-        columns = getattr(dataset, "column_names", None) or []
-        if "image" in columns or "images" in columns:
-            raise ValueError(_NO_VISION)
-        if not isinstance(dataset, Dataset) and (args.reference_store is not None or args.precompute_ref_log_probs):
-            raise ValueError(_NO_STREAM.format(name="given", kind=type(dataset).__name__))
-
-
-_OF_THE_LOSS = (
-    "beta",
-    "label_smoothing",
-    "selection_ratio",
-    "selection_pool",
-    "selection_ties",
-    "selection_warmup_steps",
-    "scores",
-)
-_NO_VISION = (
-    "images are not supported: this trainer scores tokens of text. Use a text-only model, tokenizer and data set, or "
-    "TRL's DPOTrainer"
-)
-
-
-def check_models(policy: Any, reference: Any, tokenizer: Any, ref_tokenizer: Any) -> None:
-    """Raises unless policy and reference read the same text tokens."""
-    if hasattr(policy.config, "vision_config") or isinstance(tokenizer, ProcessorMixin):
-        raise ValueError(_NO_VISION)
-    if ref_tokenizer is not None:
-        check_same_tokenizer(tokenizer, ref_tokenizer)
-    if reference is None:
-        return
-    highest = max(tokenizer.get_vocab().values())
-    size = reference.config.get_text_config().vocab_size
-    if highest >= size:
-        raise ValueError(
-            f"token id {highest} of the policy's tokenizer is outside the reference's vocabulary of {size}: choose a "
-            "reference that shares the policy's tokenizer"
-        )
-
-
 def _all_sets(datasets: Any) -> list[Any]:
     """The evaluation sets as a list."""
     return [] if datasets is None else list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
-
-
-def _needs_reference(objective: Objective) -> bool:
-    """Whether an objective fails without reference log-probs; it must not fail with them."""
-    check_objective(objective)
-    try:
-        check_objective(objective, reference=False)
-    except (ValueError, TypeError, AttributeError):
-        return True
-    return False
-
-
-def _selects(args: SelectiveDPOConfig, objective: Objective | None) -> bool:
-    """Whether the loss keeps some tokens by the alignment score; of an own objective, whether it scores tokens."""
-    if objective is None:
-        return args.selection_ratio < 1 and args.scores == "alignment"
-    return check_objective(objective).chosen.scores is not None
