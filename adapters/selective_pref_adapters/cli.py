@@ -14,6 +14,7 @@ from typing import Any
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
     "dpo": "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
+    "score": "log-probs of a reference into a store, once for all runs that read them",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -35,17 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return {"train": _train, "dpo": _dpo, "demo": _demo}[command](rest)
+        return {"train": _train, "dpo": _dpo, "score": _score, "demo": _demo}[command](rest)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"selective-pref {command}: interrupted; no model was saved, logs stay where they are", file=sys.stderr)
+        left = "what was scored is stored" if command == "score" else "no model was saved, logs stay where they are"
+        print(f"selective-pref {command}: interrupted; {left}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = "trl" if command == "dpo" else "deepspeed"
+        extra = {"score": "score", "dpo": "trl"}.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -84,6 +86,27 @@ def _dpo(arguments: list[str]) -> int:
 
     dpo(arguments)
     return 0
+
+
+def _score(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.score_config import ScoreConfig
+
+    flags = _with_config_file(arguments)
+    config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
+
+    from selective_pref_adapters.score_command import score
+
+    score(config)
+    return 0
+
+
+_SCORE = """Score pairs with a reference, once, into a store that training reads.
+
+Only what the store lacks is scored, so the same command goes on after a kill. --stat, --verify and --prune look after
+a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
+"""
 
 
 def _demo(arguments: list[str]) -> int:
