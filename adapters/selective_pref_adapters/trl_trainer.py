@@ -10,11 +10,10 @@ reference's per-token log-probs come from: a frozen model, the policy with its a
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +38,7 @@ from selective_pref_adapters.monitoring import (
 from selective_pref_adapters.objectives import loss_of_batch
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_cache import ReferenceStore
-from selective_pref_adapters.scoring import fill_store, reference_space
+from selective_pref_adapters.scoring import fill_store, model_identity, reference_space
 from selective_pref_adapters.trl_config import (
     SelectiveDPOConfig,
     check_arguments,
@@ -102,20 +101,22 @@ class SelectiveDPOTrainer(DPOTrainer):
         self._fills = self._stores and (args.precompute_ref_log_probs or ref_model is not None)
         self._store: ReferenceStore | None = None
         self._logged: dict[str, list[tuple[dict[str, Tensor], int]]] = defaultdict(list)
+        if ref_model is model and not isinstance(model, str):
+            raise ValueError("model and ref_model are the same object: leave ref_model out for the policy as it is now")
         if not self._needs_reference and (ref_model is not None or args.reference_store is not None):
             raise ValueError("this objective reads no reference: leave ref_model and reference_store out")
 
         adapter = others.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
-        self._reference_given = ref_model is not None
         self._ref_tokenizer = None if ref_model is None else _tokenizer_of(ref_model, args)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, model, args, others.get("quantization_config"))
         elif ref_model is None and self._needs_reference and not (adapter or self._stores):
             ref_model = initial_policy(model, args, others.get("quantization_config"))
         if ref_model is not None:
-            ref_model.requires_grad_(False)
+            ref_model.eval().requires_grad_(False)
             if args.fused_head:
                 install_fused_head(ref_model, at_first_call=True)
+        self._scorer = ref_model if self._stores else None  # it never runs beside the policy
 
         precompute = args.precompute_ref_log_probs
         # TRL loads a reference of its own unless it is told that all has been computed: `_precompute_ref_logps` below.
@@ -123,7 +124,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         try:
             super().__init__(
                 model=model,
-                ref_model=ref_model,
+                ref_model=None if self._stores else ref_model,
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
@@ -133,7 +134,6 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         finally:
             args.precompute_ref_log_probs = precompute
-        self.precompute_ref_logps = precompute and self._stores
         check_models(self.model, ref_model, self.processing_class, self._ref_tokenizer)
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
@@ -142,12 +142,12 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True)
+        self.precompute_ref_logps = self._fills = self._stores and precompute  # rows that only an evaluation brings
         if self._store is not None:
             self.data_collator = WithStoredReference(collator=self.data_collator, store=self._store)
-        if self._is_self_referenced() and self.accelerator.is_main_process:
+            self.ref_model = self._scorer = self._scorer if precompute else None
+        if self.accelerator.is_main_process and self._is_self_referenced(ref_model):
             logger.warning("%s", SELF_REFERENCE)
-        if self._stores and not precompute:
-            self.ref_model = None  # all that it would say is stored
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -210,35 +210,35 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not self._stores:
             return dataset
         pairs = pairs_of(dataset, getattr(self.data_collator, "collator", self.data_collator), name)
-        if not self._fills:
-            self._use_store(self._store or ReferenceStore.open(self.args.reference_store, self.args.reference_space))
-        else:
-            with self._reference() as reference, self.accelerator.autocast():
-                self._fill(self.accelerator.unwrap_model(reference), pairs, batch_size)
+        if self._fills:
+            with self._reference() if self._scorer is None else nullcontext(self._scorer) as reference:
+                self._fill(reference, pairs, batch_size)
+        elif self._store is None:
+            self._use_store(ReferenceStore.open(self.args.reference_store, self.args.reference_space))
         self._store.check(pairs)
         return dataset
 
-    def _fill(self, reference: nn.Module, pairs: list[TokenizedPair], batch_size: int) -> None:
+    def _fill(self, reference: Any, pairs: list[TokenizedPair], batch_size: int) -> None:
         """Scores what the store lacks, each process its share."""
+        if is_sharded(reference):
+            raise ValueError(
+                "under ZeRO-3 no process holds the whole reference, so it cannot fill a store: fill it first "
+                "(selective-pref score), and give reference_store without ref_model and precompute_ref_log_probs"
+            )
+        if not hasattr(reference, "hf_device_map"):
+            reference.to(self.accelerator.device)
         if self._store is None:
-            tokenizer = self._ref_tokenizer or self.processing_class
-            space = reference_space(reference, tokenizer, label=reference.config._name_or_path or "reference")
-            if self.accelerator.native_amp:  # the weights say one dtype, the products are made in another
-                space = dataclasses.replace(
-                    space, identity={**space.identity, "autocast": self.accelerator.mixed_precision}
-                )
+            tokenizer, label = self._ref_tokenizer or self.processing_class, reference.config._name_or_path
+            space = reference_space(reference, tokenizer, label=label or "reference")
             self._use_store(ReferenceStore.create(self.args.reference_store or DEFAULT_STORE, space))
-        lacking = self._store.missing(pairs)
-        self.accelerator.wait_for_everyone()  # all have looked before anyone writes
         fill_store(
             self._store,
-            lacking[self.accelerator.process_index :: self.accelerator.num_processes],
-            _placed(reference, self.accelerator.device),
+            pairs,
+            reference,
             pad_token_id=self.processing_class.pad_token_id,
             batch_tokens=2 * batch_size * (self.args.max_length or 1024),
-            progress=self.accelerator.is_main_process and not self.args.disable_tqdm,
+            progress=not self.args.disable_tqdm,
         )
-        self.accelerator.wait_for_everyone()
 
     def _use_store(self, store: ReferenceStore) -> None:
         store.check_tokenizer(self.processing_class)
@@ -265,13 +265,17 @@ class SelectiveDPOTrainer(DPOTrainer):
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
-    def _is_self_referenced(self) -> bool:
+    def _is_self_referenced(self, reference: Any) -> bool:
         """Whether tokens are selected by how far the policy is from its own start."""
         if not self._needs_reference or not selects_by_alignment(self.args, self._custom_objective):
             return False
-        if self._reference_given:
-            return same_weights(self.model, self.accelerator.unwrap_model(self.ref_model))
-        return self._fills or not self._stores
+        if reference is not None:
+            return same_weights(self.model, reference)
+        if self._fills or self._store is None:
+            return True
+        return not is_sharded(self.model) and model_identity(self.model)["weights"] == self._store.space.identity.get(
+            "weights"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,15 +379,14 @@ def initial_policy(policy: Any, args: SelectiveDPOConfig, quantization_config: A
     """A second model with the policy's weights as they are now."""
     if isinstance(policy, str):
         return load_model(policy, policy, args, quantization_config)
-    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):  # shards cannot be copied
+    if is_sharded(policy):  # shards cannot be copied
         return load_model(policy.config._name_or_path, policy, args, quantization_config)
     return copy.deepcopy(policy)
 
 
-def _placed(model: Any, device: torch.device) -> Any:
-    """The model on the device, unless it is spread over several."""
-    here = next(model.parameters()).device == device or hasattr(model, "hf_device_map")
-    return model if here else model.to(device)
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:

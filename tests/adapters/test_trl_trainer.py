@@ -237,6 +237,7 @@ def test_an_objective_without_a_reference_runs_without_one(make: Make) -> None:
     logged = steps_of(trained(trainer))
     assert logged[-1]["loss"] != logged[0]["loss"]
     assert "selection/rewards/margins" in logged[0]
+    assert trainer.evaluate(Dataset.from_list(ROWS[:4]))["eval_loss"] > 0
     with pytest.raises(ValueError, match="reads no reference"):
         make(objective=partial(simpo_loss, beta=2.0, gamma=1.0))
 
@@ -281,7 +282,11 @@ def test_only_a_self_reference_warns(
     for way in quiet:
         make(**way)
         assert warning not in caplog.text
+    own_store = str(tmp_path / "own")
     loud: list[dict[str, Any]] = [
+        {"ref_model": load(policy_folder), "reference_store": own_store},
+        {"ref_model": None, "reference_store": own_store},
+        {"ref_model": None, "reference_store": own_store, "peft_config": LORA},
         {"ref_model": load(policy_folder)},
         {"ref_model": None, "peft_config": LORA},
         {"ref_model": None, "precompute_ref_log_probs": True, "reference_store": str(tmp_path / "s")},
@@ -294,7 +299,7 @@ def test_only_a_self_reference_warns(
         assert "Give a stronger ref_model" in caplog.text
 
 
-def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Path) -> None:
+def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Path, tmp_path: Path) -> None:
     trainer = make(ref_model=None, peft_config=LORA, max_steps=6)
     base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora" not in name}
     trainer.train()
@@ -307,6 +312,11 @@ def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Pa
         assert "lora" in name or torch.equal(parameter, base[name])
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     modes = [module.training for module in trainer.model.modules()]
+    store = {"reference_store": str(tmp_path / "store"), "max_steps": 6}
+    stored = make(ref_model=None, peft_config=LORA, precompute_ref_log_probs=True, **store)
+    assert [line["loss"] for line in steps_of(trained(stored))] == [line["loss"] for line in logged]
+    assert len(list((tmp_path / "store").iterdir())) == 1
+    assert stored.evaluate(Dataset.from_list(text_rows(60)[48:]))["eval_loss"] > 0  # its reference is still there
     assert torch.equal(trainer._ref_logps(batch), frozen_per_token_logps(load_fused(policy_folder), batch))
     assert modes == [module.training for module in trainer.model.modules()]
 
@@ -570,7 +580,7 @@ def test_what_the_trainer_refuses(make: Make, policy_folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="images are not supported"):
         make(train_dataset=rows.add_column("images", [[1]] * len(rows)))
     model = load(policy_folder)
-    with pytest.raises(ValueError, match="cannot be the same object"):
+    with pytest.raises(ValueError, match="are the same object"):
         make(model=model, ref_model=model)
     other = make_model(tmp_path / "other", seed=2, words=[f"w{24 - n}" for n in range(24)])
     for ref_model in (load(other), str(other)):
