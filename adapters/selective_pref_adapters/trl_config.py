@@ -26,7 +26,7 @@ from selective_pref import Objective, Response, ScoreFunction, alignment_scores,
 from selective_pref_adapters.objectives import Schedule, check_objective
 from selective_pref_adapters.pairs import check_same_tokenizer
 
-OLDEST_TRL, FIRST_UNTRIED_TRL = "1.0", "1.17"
+OLDEST_TRL, FIRST_UNTRIED_TRL = "1.14", "1.17"
 """The supported range: from the first, below the second."""
 
 

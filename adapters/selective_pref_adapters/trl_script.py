@@ -59,8 +59,6 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    if hasattr(model, "trust_remote_code"):  # an option of the model before TRL 1.2
-        args.model_init_kwargs["trust_remote_code"] = model.trust_remote_code
     splits = load_splits(script, mixture)
     trainer = SelectiveDPOTrainer(
         model=model.model_name_or_path,

@@ -366,7 +366,7 @@ def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_co
         options["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
-    options.setdefault("trust_remote_code", _trusts_remote_code(args))
+    options.setdefault("trust_remote_code", args.trust_remote_code)
     if not isinstance(policy, str):
         options.setdefault("dtype", policy.dtype)
         options.setdefault("attn_implementation", policy.config._attn_implementation)
@@ -395,14 +395,10 @@ def _tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=_trusts_remote_code(args))
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer with the reference %s, so it is not compared with the policy's: %s", name, error)
         return None
-
-
-def _trusts_remote_code(args: SelectiveDPOConfig) -> bool:
-    return bool(getattr(args, "trust_remote_code", False))  # an option since TRL 1.2
 
 
 def _all_sets(datasets: Any) -> list[Any]:
