@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import load_dataset
 from trl import (
@@ -50,7 +51,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = TrlParser(
         (SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig), prog="selective-pref dpo"
     )
-    script, args, model, mixture = parser.parse_args_and_config(args=with_recipe(arguments))
+    words = with_recipe(arguments)
+    if "--deepspeed" in words and not torch.cuda.is_available():
+        start_deepspeed_on_cpu()
+    script, args, model, mixture = parser.parse_args_and_config(args=words)
     if not model.model_name_or_path:
         raise ValueError("no policy: give --model_name_or_path FOLDER_OR_HUB_ID")
     args.model_init_kwargs = {
@@ -98,6 +102,14 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
         words += ["--deepspeed", str(beside)]
     return words
+
+
+def start_deepspeed_on_cpu() -> None:
+    """Joins the processes of `torchrun` over gloo; DeepSpeed would compile an all-reduce of its own for a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
 
 
 def load_splits(script: SelectiveDPOArguments, mixture: DatasetMixtureConfig) -> Any:
