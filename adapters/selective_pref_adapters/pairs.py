@@ -109,7 +109,7 @@ def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[Pref
     rows: list[PreferenceRow] = []
     for place, read in _raw_rows(path):
         try:
-            rows.append(_preference_row(read(), place))
+            rows.append(preference_row(read(), place))
         except RowError as error:
             if malformed is None:
                 raise
@@ -117,6 +117,32 @@ def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[Pref
     if not rows:
         raise ValueError(f"{path} holds no rows" + (f" but {len(malformed)} malformed ones" if malformed else ""))
     return rows
+
+
+def preference_row(row: Any, place: str) -> PreferenceRow:
+    """A checked row with its prompt made explicit.
+
+    Args:
+        row: what a file or a dataset holds: a dict with `chosen`, `rejected` and mostly `prompt`.
+        place: where it came from, for error messages.
+
+    Raises:
+        RowError: it is no preference pair.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"{place}: expected an object with 'prompt', 'chosen' and 'rejected'; got {type(row).__name__}")
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
+    sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
+    kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
+    if len(set(kinds.values())) > 1:
+        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
+    if "prompt" in sides:
+        return PreferenceRow(**sides, place=place)
+    extract = _prompt_of_text if kinds["chosen"] == "text" else _prompt_of_messages
+    prompt, chosen, rejected = extract(sides["chosen"], sides["rejected"], place)
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
 
 
 def split_by_prompt(
@@ -158,6 +184,7 @@ def tokenize_pairs(
     *,
     max_length: int,
     truncation_mode: Truncation = "keep_start",
+    keep_unteachable: bool = False,
     progress: bool = False,
 ) -> tuple[list[TokenizedPair], TokenizationReport]:
     """Token ids of every row that has something to teach, and a report of the others.
@@ -172,6 +199,8 @@ def tokenize_pairs(
         max_length: tokens of prompt + completion to keep, at least 2.
         truncation_mode: "keep_start" cuts the end of what is too long (and leaves out rows whose prompt alone fills
             `max_length`); "keep_end" cuts the start.
+        keep_unteachable: keep pairs with two equal sides, or with an empty one that is its EOS alone, as long as
+            completion tokens are left. TRL trains on them, so whoever scores for TRL must have them.
 
     Raises:
         RowError: the chat template rejects a row.
@@ -185,7 +214,7 @@ def tokenize_pairs(
     report = TokenizationReport(rows=len(rows))
     pairs: list[TokenizedPair] = []
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress, leave=False):
-        pair = _tokenize(row, tokenizer, max_length, truncation_mode, report)
+        pair = _tokenize(row, tokenizer, max_length, truncation_mode, keep_unteachable, report)
         if pair is not None:
             pairs.append(pair)
     report.kept = len(pairs)
@@ -284,24 +313,6 @@ def _dataset(path: Path) -> Any:
     return dataset
 
 
-def _preference_row(row: Any, place: str) -> PreferenceRow:
-    """A checked row with its prompt made explicit."""
-    if not isinstance(row, dict):
-        raise RowError(f"{place}: expected an object with 'prompt', 'chosen' and 'rejected'; got {type(row).__name__}")
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
-    sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
-    kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
-    if len(set(kinds.values())) > 1:
-        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
-    if "prompt" in sides:
-        return PreferenceRow(**sides, place=place)
-    extract = _prompt_of_text if kinds["chosen"] == "text" else _prompt_of_messages
-    prompt, chosen, rejected = extract(sides["chosen"], sides["rejected"], place)
-    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
-
-
 def _kind(value: Any, place: str) -> str:
     if isinstance(value, str):
         return "text"
@@ -349,12 +360,17 @@ def _different_prompts(place: str, chosen: Sequence[Any], rejected: Sequence[Any
 
 
 def _tokenize(
-    row: PreferenceRow, tokenizer: Tokenizer, max_length: int, mode: Truncation, report: TokenizationReport
+    row: PreferenceRow,
+    tokenizer: Tokenizer,
+    max_length: int,
+    mode: Truncation,
+    keep_unteachable: bool,
+    report: TokenizationReport,
 ) -> TokenizedPair | None:
     """The pair's ids, or None after counting why it was left out."""
-    if _is_empty(row.chosen) or _is_empty(row.rejected):
+    if not keep_unteachable and (_is_empty(row.chosen) or _is_empty(row.rejected)):
         return _leave_out(report, _EMPTY)
-    if row.chosen == row.rejected:
+    if not keep_unteachable and row.chosen == row.rejected:
         return _leave_out(report, _EQUAL)
     prompt = _ids(row, tokenizer, row.prompt, None)
     full = [_ids(row, tokenizer, row.prompt, side) for side in (row.chosen, row.rejected)]
@@ -362,7 +378,7 @@ def _tokenize(
     cut = [_truncate(ids, boundary, max_length, mode) for ids in full]
     if any(len(ids) <= prompt_length or len(ids) < 2 for ids, prompt_length in cut):
         return _leave_out(report, _NO_COMPLETION)
-    if cut[0] == cut[1]:
+    if not keep_unteachable and cut[0] == cut[1]:
         return _leave_out(report, f"{_EQUAL} after truncation")
     report.truncated += any(len(ids) > max_length for ids in full)
     report.boundary_merged += boundary < len(prompt)
