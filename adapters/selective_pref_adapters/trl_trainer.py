@@ -106,16 +106,10 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not self._needs_reference and (ref_model is not None or args.reference_store is not None):
             raise ValueError("this objective reads no reference: leave ref_model and reference_store out")
 
+        self._ref_tokenizer = None if ref_model is None else tokenizer_of(ref_model, args)
         adapter = others.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
-        self._ref_tokenizer = None if ref_model is None else _tokenizer_of(ref_model, args)
-        if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, model, args, others.get("quantization_config"))
-        elif ref_model is None and self._needs_reference and not (adapter or self._stores):
-            ref_model = initial_policy(model, args, others.get("quantization_config"))
-        if ref_model is not None:
-            ref_model.eval().requires_grad_(False)
-            if args.fused_head:
-                install_fused_head(ref_model, at_first_call=True)
+        if ref_model is not None or (self._needs_reference and not adapter and not self._stores):
+            ref_model = load_reference(ref_model, model, args, others.get("quantization_config"))
         self._scorer = ref_model if self._stores else None  # it never runs beside the policy
 
         precompute = args.precompute_ref_log_probs
@@ -359,7 +353,21 @@ def token_means(means: Mapping[str, float]) -> dict[str, float]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_config: Any = None) -> nn.Module:
+def load_reference(reference: Any, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
+    """The reference as a model that does not learn: itself, from its name, or the policy with its weights of now."""
+    if reference is None:
+        shards = not isinstance(policy, str) and is_sharded(policy)  # cannot be copied
+        reference = (
+            policy if isinstance(policy, str) else policy.config._name_or_path if shards else copy.deepcopy(policy)
+        )
+    if isinstance(reference, str):
+        reference = load_model(reference, policy, args, quantization_config)
+    if args.fused_head:
+        install_fused_head(reference, at_first_call=True)
+    return reference.eval().requires_grad_(False)
+
+
+def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
     """A reference from a folder or hub id, loaded as `DPOTrainer` loads the policy."""
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -375,21 +383,12 @@ def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_co
     return create_model_from_path(name, **options)
 
 
-def initial_policy(policy: Any, args: SelectiveDPOConfig, quantization_config: Any = None) -> nn.Module:
-    """A second model with the policy's weights as they are now."""
-    if isinstance(policy, str):
-        return load_model(policy, policy, args, quantization_config)
-    if is_sharded(policy):  # shards cannot be copied
-        return load_model(policy.config._name_or_path, policy, args, quantization_config)
-    return copy.deepcopy(policy)
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:
+def tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:
     """The reference's own tokenizer; None, with a word in the log, where there is none to compare."""
     name = reference if isinstance(reference, str) else reference.config._name_or_path
     if not name:
