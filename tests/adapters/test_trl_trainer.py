@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -691,6 +692,33 @@ def test_the_paper_s_recipe(tmp_path: Path) -> None:
     assert model.dtype == "bfloat16"
     assert script.ref_model_name_or_path is None
     assert json.loads((RECIPES / "zero3.json").read_text())["zero_optimization"]["stage"] == 3
+
+
+def test_the_two_name_change_of_the_page(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's stock script runs; with its two names changed it runs with a selection. (CPU options are added.)"""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "adapters" / "trl.md").read_text(encoding="utf-8")
+    stock = page.split('title="dpo.py" }\n', 1)[1].split("```", 1)[0]
+    diff = page.split("```diff\n", 1)[1].split("```", 1)[0].splitlines()
+    ours = stock
+    for old, new in pairwise(diff):
+        if old.startswith("-") and new.startswith("+"):
+            assert ours.count(old[1:]) == 1
+            ours = ours.replace(old[1:], new[1:])
+    assert "DPOConfig" not in ours.replace("SelectiveDPOConfig", "")
+    assert "DPOTrainer" not in ours.replace("SelectiveDPOTrainer", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "POLICY").symlink_to(policy_folder)
+    (tmp_path / "STRONGER_MODEL").symlink_to(reference_folder)
+    write_jsonl(tmp_path / "pairs.jsonl", ROWS)
+    for script, name in ((stock, "DPOTrainer"), (ours, "SelectiveDPOTrainer")):
+        cpu = 'output_dir="runs/dpo", use_cpu=True, bf16=False, max_steps=2, logging_steps=1, report_to="none",'
+        scope: dict[str, Any] = {}
+        exec(script.replace('output_dir="runs/dpo",', cpu), scope)
+        assert type(scope["trainer"]).__name__ == name
+        assert (tmp_path / "runs" / "dpo" / "model.safetensors").is_file()
+        assert ("selection/fraction" in steps_of(scope["trainer"])[0]) == (name != "DPOTrainer")
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------
