@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from selective_pref import NonFiniteError, dpo_loss, select, selective_dpo_loss, simpo_loss
-from selective_pref_adapters import trl_config
+from selective_pref_adapters import trl_config, trl_trainer
 from selective_pref_adapters.batch import responses
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
@@ -314,6 +314,8 @@ def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Pa
         assert "lora" in name or torch.equal(parameter, base[name])
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     modes = [module.training for module in trainer.model.modules()]
+    with trainer._reference() as reference:
+        assert not any(module.training for module in reference.modules())  # no dropout, whatever disable_dropout says
     store = {"reference_store": str(tmp_path / "store"), "max_steps": 6}
     torch.manual_seed(0)
     stored = make(ref_model=None, peft_config=LORA, precompute_ref_log_probs=True, **store)
@@ -393,6 +395,17 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     assert len(calls) == 2
     with pytest.raises(MissingRowsError, match="2 of 2 rows"):
         alone.evaluate(Dataset.from_list([{"prompt": "w2 ", "chosen": "w1", "rejected": "w3 w4"}]))
+
+
+def test_precomputing_without_a_folder_has_one_for_all_runs(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trl_trainer, "DEFAULT_STORE", tmp_path / "home")
+    one = steps_of(trained(make(precompute_ref_log_probs=True, output_dir=str(tmp_path / "a"))))
+    shards = sorted((tmp_path / "home").rglob("*.safetensors"))
+    two = steps_of(trained(make(precompute_ref_log_probs=True, output_dir=str(tmp_path / "b"))))
+    assert shards == sorted((tmp_path / "home").rglob("*.safetensors")) != []
+    assert [line["loss"] for line in one] == [line["loss"] for line in two]
 
 
 def test_a_store_that_lacks_rows_or_speaks_another_language_stops_at_construction(
@@ -730,9 +743,10 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
     """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone."""
     script = Path(__file__).with_name("trl_two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "adapters"))
     run = subprocess.run(
         [*command, str(policy_folder), str(reference_folder), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=240,
@@ -751,6 +765,7 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
         assert lines[name]["steps"][0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
         assert lines[name]["steps"][-1]["grad_norm"] > 0
     assert all(line["sharded"] == name.startswith("zero3") for name, line in lines.items() if "sharded" in line)
+    assert lines["zero3 bf16 store"]["bits"]
     assert lines["nan"] == {"raised": [True, True], "own": [False, True]}
     assert run.stderr.count("the reference equals the initial policy") == 2  # once a run, on the first process
     assert "served by its logits" not in run.stderr

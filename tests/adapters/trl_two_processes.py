@@ -111,7 +111,12 @@ def main(policy: str, reference: str, folder: Path) -> None:
         every_rank: list[Any] = [None, None]
         dist.all_gather_object(every_rank, steps)
         assert every_rank[0] == every_rank[1], "ranks log different numbers"
-        note(name, {"steps": steps, "sharded": sharded, "eval": trainer.evaluate()})
+        seen = {"steps": steps, "sharded": sharded, "eval": trainer.evaluate()}
+        if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+            looked_up = trainer._store.lookup(batch)
+            seen["bits"] = torch.equal(trainer._ref_logps(trainer._prepare_inputs(batch)), looked_up)
+        note(name, seen)
 
 
 if __name__ == "__main__":
