@@ -200,11 +200,11 @@ class _Fused(torch.autograd.Function):
                     fold = _compiled(_statistics) if _compiles(z) else _statistics
                     peak, total, picked = fold(head, z, tile_bias, place, peak, total, picked)
                 else:
-                    extra = _columns(spare, tile)
                     fold = _compiled(_more_statistics) if _compiles(z) else _more_statistics
-                    peak, total, picked, *moments = fold(
-                        head, z, extra, tile_bias, place, peak, total, picked, *moments
+                    peak, total, picked, weighted, summed = fold(
+                        head, z, _columns(spare, tile), tile_bias, place, peak, total, picked, *moments
                     )
+                    moments = (weighted, summed)
             log_total = total.log()
             normaliser = peak + log_total
         ctx.save_for_backward(hidden, weight, bias, rows, labels, normaliser, kept)
@@ -314,7 +314,7 @@ def _more_statistics(
     z.sub_(offset.unsqueeze(1))
     torch.exp(z, out=spare)
     z.clamp_(min=-1e4)  # exp of it is 0 as well, and 0 · −inf would be NaN
-    weighted = shift.exp() * (weighted + shift * total) + torch.linalg.vecdot(spare, z)
+    weighted = shift.exp() * (weighted + shift * total) + z.mul_(spare).sum(1)
     total = shift.exp() * total + spare.sum(1)
     return higher, total, picked, weighted, summed
 

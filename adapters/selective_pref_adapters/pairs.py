@@ -188,6 +188,7 @@ def tokenize_pairs(
     *,
     max_length: int,
     truncation_mode: Truncation = "keep_start",
+    keep_unteachable: bool = False,
     progress: bool = False,
 ) -> tuple[list[TokenizedPair], TokenizationReport]:
     """Token ids of every row that has something to teach, and a report of the others.
@@ -202,6 +203,8 @@ def tokenize_pairs(
         max_length: tokens of prompt + completion to keep, at least 2.
         truncation_mode: "keep_start" cuts the end of what is too long (and leaves out rows whose prompt alone fills
             `max_length`); "keep_end" cuts the start.
+        keep_unteachable: keep pairs with two equal sides, or with an empty one that is its EOS alone, as long as
+            completion tokens are left. TRL trains on them, so whoever scores for TRL must have them.
 
     Raises:
         RowError: the chat template rejects a row.
@@ -215,7 +218,7 @@ def tokenize_pairs(
     report = TokenizationReport(rows=len(rows))
     pairs: list[TokenizedPair] = []
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress, leave=False):
-        pair = _tokenize(row, tokenizer, max_length, truncation_mode, report)
+        pair = _tokenize(row, tokenizer, max_length, truncation_mode, keep_unteachable, report)
         if pair is not None:
             pairs.append(pair)
     report.kept = len(pairs)
@@ -391,12 +394,17 @@ def _different_prompts(place: str, chosen: Sequence[Any], rejected: Sequence[Any
 
 
 def _tokenize(
-    row: PreferenceRow, tokenizer: Tokenizer, max_length: int, mode: Truncation, report: TokenizationReport
+    row: PreferenceRow,
+    tokenizer: Tokenizer,
+    max_length: int,
+    mode: Truncation,
+    keep_unteachable: bool,
+    report: TokenizationReport,
 ) -> TokenizedPair | None:
     """The pair's ids, or None after counting why it was left out."""
-    if _is_empty(row.chosen) or _is_empty(row.rejected):
+    if not keep_unteachable and (_is_empty(row.chosen) or _is_empty(row.rejected)):
         return _leave_out(report, _EMPTY)
-    if row.chosen == row.rejected:
+    if not keep_unteachable and row.chosen == row.rejected:
         return _leave_out(report, _EQUAL)
     prompt = _ids(row, tokenizer, row.prompt, None)
     full = [_ids(row, tokenizer, row.prompt, side) for side in (row.chosen, row.rejected)]
@@ -404,7 +412,7 @@ def _tokenize(
     cut = [_truncate(ids, boundary, max_length, mode) for ids in full]
     if any(len(ids) <= prompt_length or len(ids) < 2 for ids, prompt_length in cut):
         return _leave_out(report, _NO_COMPLETION)
-    if cut[0] == cut[1]:
+    if not keep_unteachable and cut[0] == cut[1]:
         return _leave_out(report, f"{_EQUAL} after truncation")
     report.truncated += any(len(ids) > max_length for ids in full)
     report.boundary_merged += boundary < len(prompt)

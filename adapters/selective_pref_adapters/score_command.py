@@ -210,6 +210,7 @@ def load_pairs(
         tokenizer,
         max_length=config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH),
         truncation_mode=config.truncation_mode,
+        keep_unteachable=True,  # who trains on them looks for them
         progress=progress,
     )
     notes = report.lines()

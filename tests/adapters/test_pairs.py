@@ -258,6 +258,10 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer) -> None:
         }
     )
     assert any("2 of 6 pairs left out: empty completion" in line for line in report.lines())
+    kept, report = tokenize_pairs(rows, tokenizer, max_length=3, keep_unteachable=True)
+    assert len(kept) == 4
+    assert report.left_out == Counter({"no completion left after truncation": 2})
+    assert kept[2].chosen_ids == kept[2].rejected_ids
 
 
 def test_options_and_tokenizers_that_do_not_work(tokenizer) -> None:
