@@ -80,7 +80,7 @@ Reference: TypeAlias = "torch.nn.Module | ReferenceStore"
 
 PAPER_MAX_LENGTH = 4096
 SKIPS_IN_A_ROW = 20
-"""So many optimiser steps without a single finite batch end a run that skips: its weights are broken, not a batch."""
+"""So many optimiser steps in a row without a finite gradient end a run that skips them."""
 FILLER = TokenizedPair(chosen_ids=[0, 0], rejected_ids=[0, 0], chosen_prompt_length=2, rejected_prompt_length=2)
 """A pair without a completion: it takes part in every pass and counts for nothing."""
 
@@ -112,7 +112,7 @@ class Progress:
     """Metrics of every batch since the last line of the log; they stay on the device until they are shown."""
     skipped_batches: int = 0
     empty_steps: int = 0
-    """Steps in a row of which nothing was left."""
+    """Steps in a row that moved no weight."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -171,6 +171,10 @@ def train(config: TrainConfig) -> TrainResult:
         batch = {name: first_pairs(tensor, count) for name, tensor in batch.items()}
         return loss_of_batch(objective, batch, *(None if some is None else first_pairs(some, count) for some in logps))
 
+    def loss_without_gradient() -> torch.Tensor:
+        """Takes the part of a batch that is left out: the same passes through the model, and zeros for a gradient."""
+        return 0 * model_per_token_logps(engine, batch_of([FILLER])).sum()
+
     def evaluate() -> Metrics:
         """Means over the held-out pairs, names prefixed with `eval_`; empty without held-out pairs."""
         if not eval_pairs:
@@ -206,11 +210,11 @@ def train(config: TrainConfig) -> TrainResult:
                     progress.window.append(diagnostics(out))
                 else:
                     leave_out(config, progress, console, non_finite_error(out, f"step {step}", places(pairs)))
-                    engine.backward(0 * model_per_token_logps(engine, batch_of([FILLER])).sum())
+                    nothing_left = len(progress.window) == seen and engine.is_gradient_accumulation_boundary()
+                    engine.backward(out.loss if nothing_left else loss_without_gradient())
                 norm = step_engine(engine)
             progress.step = step
-            progress.empty_steps = 0 if len(progress.window) > seen else progress.empty_steps + 1
-            check_gradient(config, progress, console, norm, skipped=engine.skipped_steps > before)
+            check_gradient(config, progress, console, norm, len(progress.window) > seen, engine.skipped_steps > before)
             bar.set_postfix(postfix(progress, engine.skipped_steps))
             epoch = step * per_step / len(train_pairs)
             if step % config.logging_steps == 0 or step == steps:
@@ -261,7 +265,10 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError("give a reference as a model or as a store of its log-probs, not both")
     if any(has_scorer) and config.objective != "selective_dpo":
         raise ValueError(f"objective {config.objective!r} scores no tokens: leave the scoring reference out")
-    for space, store in (("reference_space", "reference_store"), ("scoring_reference_space", "scoring_reference_store")):
+    for space, store in (
+        ("reference_space", "reference_store"),
+        ("scoring_reference_space", "scoring_reference_store"),
+    ):
         if getattr(config, space) is not None and getattr(config, store) is None:
             raise ValueError(f"{space} says which part of {store} to read: give {store}")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -570,6 +577,7 @@ def start_processes(config: TrainConfig) -> tuple[int, int]:
     """(rank of this process, number of processes). Without a launcher there is one."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():  # else DeepSpeed would look for MPI
         os.environ.setdefault(name, value)
@@ -675,16 +683,20 @@ def step_engine(engine: Any) -> float:
     """Ends a batch, and the optimiser step where it is the last; returns the gradient's norm before clipping.
 
     A gradient that is not finite moves no weight: DeepSpeed skips such a step, except where it has no optimiser of
-    its own around AdamW; there it is done here. `engine.skipped_steps` counts both.
+    its own around AdamW; there it is done here. `engine.skipped_steps` counts both, and the learning rate moves on.
     """
-    own = 0.0
+    own, skipped = 0.0, engine.skipped_steps
     if engine.is_gradient_accumulation_boundary():
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         own = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        if not math.isfinite(own) and engine.optimizer is not None and not hasattr(engine.optimizer, "overflow"):
+        if not math.isfinite(own) and not hasattr(engine.optimizer, "overflow"):
             engine.module.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient alone
+            engine.step()
             engine.skipped_steps += 1
+            return own
     engine.step()
+    if engine.skipped_steps > skipped:
+        engine.lr_scheduler.step()
     norm = engine.get_global_grad_norm()  # None where DeepSpeed has no optimiser of its own around AdamW
     return own if norm is None else float(norm)
 
@@ -765,7 +777,7 @@ def check_space(folder: Path, policy: torch.nn.Module, steps: int, save_steps: i
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise OSError(
-            f"output_dir {folder}: its disk has {free / 1e9:.2f} GB free, and model and checkpoint take {needed / 1e9:.2f}"
+            f"output_dir {folder}: its disk has {free / 1e9:.2f} GB free; the model takes {needed / 1e9:.2f} GB"
         )
 
 
@@ -950,25 +962,34 @@ def leave_out(config: TrainConfig, progress: Progress, console: Console, error: 
     """At a batch whose loss is not finite on some process: raises, or counts it and says so, as configured."""
     if config.non_finite == "raise":
         raise error
-    if progress.empty_steps >= SKIPS_IN_A_ROW:
-        raise NonFiniteError(f"nothing finite in {SKIPS_IN_A_ROW} steps: the weights are broken, not a batch. {error}")
     progress.skipped_batches += 1
     console.print(f"[yellow]batch left out on all processes:[/yellow] {error}", soft_wrap=True, highlight=False)
 
 
-def check_gradient(config: TrainConfig, progress: Progress, console: Console, norm: float, *, skipped: bool) -> None:
-    """After a step: raises where its gradient was not finite, or says that it was skipped, as configured."""
+def check_gradient(
+    config: TrainConfig, progress: Progress, console: Console, norm: float, any_batch: bool, skipped: bool
+) -> None:
+    """After a step: raises where its gradient was not finite, or says that it was skipped, as configured.
+
+    Args:
+        norm: of the gradient.
+        any_batch: whether a batch of the step was finite. A step of which nothing is left has no finite gradient,
+            on purpose: it is skipped without a word more.
+        skipped: whether the step moved no weight.
+    """
+    progress.empty_steps = progress.empty_steps + 1 if skipped else 0
     if not skipped and math.isfinite(norm):
         return
-    what = f"step {progress.step}: the gradient is not finite although every loss is"
+    what = f"step {progress.step}: the gradient is not finite"
     if not skipped:
         raise NonFiniteError(f"{what}, and the step was taken: the weights are broken; the last checkpoint is not")
-    if config.non_finite == "raise":
-        raise NonFiniteError(f"{what}; the step was skipped. A lower learning_rate or dtype float32 may help")
-    progress.empty_steps += 1
     if progress.empty_steps >= SKIPS_IN_A_ROW:
-        raise NonFiniteError(f"{what}, {SKIPS_IN_A_ROW} times in a row")
-    console.print(f"[yellow]step skipped:[/yellow] {what}", soft_wrap=True, highlight=False)
+        raise NonFiniteError(f"{what}, {SKIPS_IN_A_ROW} times in a row: the weights are broken, not a batch")
+    if not any_batch:
+        return
+    if config.non_finite == "raise":
+        raise NonFiniteError(f"{what} although every loss is; it was not taken. A lower learning_rate may help")
+    console.print(f"[yellow]step skipped:[/yellow] {what} although every loss is", soft_wrap=True, highlight=False)
 
 
 # --- what a reader sees ----------------------------------------------------------------------------------------------
@@ -982,7 +1003,7 @@ def close_window(progress: Progress) -> Metrics:
 
 
 def state_of_step(engine: Any, scheduler: Any, progress: Progress, norm: float) -> Metrics:
-    """What a line of the log says beside the means: rate of the next step, gradient norm of the last, what was skipped."""
+    """What a line says beside the means: rate of the next step, gradient norm of the last, and what was skipped."""
     return {
         "learning_rate": float(scheduler.get_last_lr()[0]),
         **({"grad_norm": norm} if math.isfinite(norm) else {}),

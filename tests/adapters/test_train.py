@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError, selective_dpo_loss
-from selective_pref_adapters import deepspeed_loop
 from selective_pref_adapters.batch import responses
-from selective_pref_adapters.deepspeed_loop import TrainConfig, endless_batches, number_of_steps, train
+from selective_pref_adapters.deepspeed_loop import TrainConfig, make_order, number_of_steps, pairs_per_step, train
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.pairs import collate, read_rows, tokenize_pairs
 from tiny import WORDS, make_model, text_rows, write_jsonl
@@ -52,22 +51,16 @@ def logps_of(folder: Path, pairs_file: Path) -> torch.Tensor:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_it_trains_alike_at_every_zero_stage_and_the_saved_model_reloads(
     configure: Configure,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     policy_folder: Path,
     reference_folder: Path,
     pairs_file: Path,
     zero_stage: int,
 ) -> None:
-    if zero_stage == 3:  # DeepSpeed leaves small parameters whole: without this, nothing here would be sharded
-
-        def sharded(config: TrainConfig) -> dict[str, Any]:
-            settings = whole(config)
-            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            return settings
-
-        whole = deepspeed_loop._shared_settings
-        monkeypatch.setattr(deepspeed_loop, "_shared_settings", sharded)
-    result = train(configure(zero_stage=zero_stage, gradient_accumulation_steps=2, epochs=3))
+    sharded = tmp_path / "deepspeed.json"  # DeepSpeed leaves small parameters whole: nothing here would be sharded
+    sharded.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    options = {"deepspeed_config": str(sharded)} if zero_stage == 3 else {}
+    result = train(configure(zero_stage=zero_stage, gradient_accumulation_steps=2, epochs=3, **options))
     expected, losses = plain_torch_run(policy_folder, reference_folder, pairs_file, result.summary["steps"])
     logged = [line for line in result.metrics if "loss" in line]
     assert [line["loss"] for line in logged] == pytest.approx(losses, rel=1e-4)
@@ -87,13 +80,14 @@ def plain_torch_run(policy: Path, reference: Path, pairs_file: Path, steps: int)
     model = AutoModelForCausalLM.from_pretrained(policy)
     ref_model = AutoModelForCausalLM.from_pretrained(reference)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    batches, losses = endless_batches(pairs, 4, 0), []
+    order, losses = make_order([0] * len(pairs), 8, 0), []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / steps)
         total = 0.0
-        for _ in range(2):
-            batch = collate(next(batches), 0)
+        indices = order(step + 1)
+        for half in (indices[:4], indices[4:]):
+            batch = collate([pairs[index] for index in half], 0)
             with torch.no_grad():
                 ref_logps = model_per_token_logps(ref_model, batch)
             sides = responses(batch, model_per_token_logps(model, batch), ref_logps)
@@ -289,26 +283,22 @@ def test_a_model_that_cannot_be_written_leaves_no_half_of_it(configure: Configur
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = {p.name for p in Path(config.output_dir).iterdir()}
-    assert left == {"config.yaml", "metrics.jsonl", "tensorboard"}
+    assert left == {"config.yaml", "run.json", "metrics.jsonl", "tensorboard"}
 
 
-def test_more_than_one_process_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        train(configure())
-
-
-def test_batches_cover_every_pair_once_an_epoch() -> None:
-    items: list[Any] = list(range(10))
-    batches = endless_batches(items, 4, seed=1)
-    drawn = [item for _ in range(5) for item in next(batches)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == items
+def test_steps_cover_every_pair_once_an_epoch() -> None:
+    order = make_order([1] * 10, per_step=4, seed=1)
+    drawn = [index for step in range(1, 6) for index in order(step)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
+    assert make_order([1] * 10, per_step=4, seed=1)(4) == order(4)  # whatever was asked before
 
 
 def test_number_of_steps(configure: Configure) -> None:
-    assert number_of_steps(configure(epochs=1.5, gradient_accumulation_steps=2), 100) == 150 // 8
-    assert number_of_steps(configure(max_steps=7), 100) == 7
+    assert number_of_steps(configure(epochs=1.5), 100, 8) == 150 // 8
+    assert number_of_steps(configure(max_steps=7), 100, 8) == 7
+    assert pairs_per_step(configure(gradient_accumulation_steps=3), 2) == 4 * 3 * 2
+    assert pairs_per_step(configure(global_batch_size=1280, batch_size=1), 8) == 1280
 
 
 @pytest.mark.slow
