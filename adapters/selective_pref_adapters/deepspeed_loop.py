@@ -591,6 +591,12 @@ def start_processes(config: TrainConfig) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave_processes() -> None:
+    """Says good-bye to the other processes; for the end of a program, after which no other run can follow."""
+    if dist.get_world_size() > 1:
+        dist.destroy_process_group()
+
+
 def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_step: int) -> tuple[Any, Any]:
     """(engine around the policy, learning-rate scheduler)."""
     if config.fused_head:
