@@ -15,6 +15,7 @@ from typing import Any
 
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
+    "score": "log-probs of a reference into a store, once for all runs that read them",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -36,17 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return _train(rest) if command == "train" else _demo(rest)
+        return {"train": _train, "score": _score, "demo": _demo}[command](rest)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"selective-pref {command}: interrupted; no model was saved, logs stay where they are", file=sys.stderr)
+        left = "what was scored is stored" if command == "score" else "no model was saved, logs stay where they are"
+        print(f"selective-pref {command}: interrupted; {left}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"selective-pref {command}: {error}: pip install 'selective-pref[deepspeed]'", file=sys.stderr)
+        extra = "score" if command == "score" else "deepspeed"
+        print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
 
 
@@ -79,6 +82,27 @@ _TRAIN = """Train a policy on preference pairs and save it.
 `--config FILE.yaml` reads flags from a file (the names below with underscores), `--config paper` and `--config smoke`
 from a recipe that is shipped; flags on the command line win. On several processes: torchrun --nproc_per_node 2 -m
 selective_pref_adapters.cli train ...
+"""
+
+
+def _score(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.score_config import ScoreConfig
+
+    flags = _with_config_file(arguments)
+    config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
+
+    from selective_pref_adapters.score_command import score
+
+    score(config)
+    return 0
+
+
+_SCORE = """Score pairs with a reference, once, into a store that training reads.
+
+Only what the store lacks is scored, so the same command goes on after a kill. --stat, --verify and --prune look after
+a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
 """
 
 

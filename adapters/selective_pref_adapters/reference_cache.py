@@ -21,55 +21,78 @@ changed, and never shared between writers, so a killed writer or several at once
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import logging
+import math
 import os
-import secrets
+import threading
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
+from selective_pref_adapters.shards import (
+    KEY_BYTES,
+    SUFFIX,
+    DamagedStoreError,
+    DamageError,
+    OtherFormatError,
+    Shard,
+    StoreError,
+    StoreWriteError,
+    check_writable,
+    shard_bytes,
+    sync_folder,
+    write_whole,
+    writing,
+)
+from selective_pref_adapters.spaces import (
+    FILL,
+    MANIFEST,
+    Space,
+    read_manifest,
+    read_spaces,
+    read_vocabulary,
+    write_space,
+)
+
+__all__ = [
+    "DamagedStoreError",
+    "MissingRowsError",
+    "PruneReport",
+    "ReferenceStore",
+    "Row",
+    "Space",
+    "StoreError",
+    "StoreStat",
+    "StoreWriteError",
+    "StoreWriter",
+    "prune",
+    "row_key",
+    "rows_of_pairs",
+]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the files; another one is not read."""
+SHARD_BYTES = 64 << 20
+"""Values of one shard."""
+FLUSH_SECONDS = 30.0
+"""How long a row may wait to be written: what a kill costs at most."""
 
-_MANIFEST, _VOCABULARY, _SHARD = "manifest.json", "vocabulary.json.gz", ".safetensors"
-_KEY, _CHECK = 16, 8  # bytes of a row's key, and of the checksum of its values
 _OPEN_FILES = 128
-
-
-class StoreError(ValueError):
-    """A store that cannot be used as asked. The message says what was found and what to do."""
+_ABANDONED_AFTER_SECONDS = 3600  # a file that is being written is younger
 
 
 class MissingRowsError(StoreError):
     """Rows that were asked for and are not stored. The message counts and names them."""
-
-
-class DamagedStoreError(StoreError):
-    """A manifest or vocabulary that is gone or damaged; scoring with the same reference writes it again."""
-
-
-class StoreWriteError(OSError):
-    """Rows could not be written (disk full, folder read-only). What was stored before is intact."""
-
-
-# --- what is stored --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +122,7 @@ class Row:
 
 def row_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
     """The 16-byte digest of attended token ids [L] and completion mask [L]."""
-    digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=_KEY, person=b"row")
+    digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=KEY_BYTES, person=b"row")
     digest.update(np.ascontiguousarray(ids, dtype="<i4"))
     digest.update(np.ascontiguousarray(mask, dtype=np.bool_))
     return digest.digest()
@@ -118,42 +141,6 @@ def rows_of_pairs(pairs: Iterable[TokenizedPair]) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """The identity of a reference: whatever decides the numbers that it gives. Two equal spaces share their rows.
-
-    Attributes:
-        identity: names and values that decide, as JSON holds them; see `scoring.reference_space`.
-        vocabulary: token → id of the reference's tokenizer; None for a space that was read from disk (the store
-            reads it where it is needed).
-        label: what people call the reference; decides nothing.
-    """
-
-    identity: dict[str, Any]
-    vocabulary: dict[str, int] | None = field(default=None, repr=False)
-    label: str = "reference"
-
-    @cached_property
-    def name(self) -> str:
-        """The digest of the identity: 32 hexadecimal digits, the folder's name."""
-        return digest_of_json(self.identity)
-
-    def __post_init__(self) -> None:
-        if self.vocabulary is not None and self.identity.get("vocabulary") != vocabulary_digest(self.vocabulary):
-            raise StoreError(f"the vocabulary of {self.label!r} is not the one that its identity names")
-
-
-def vocabulary_digest(vocabulary: dict[str, int]) -> str:
-    """The digest of every token and its id: 32 hexadecimal digits."""
-    return digest_of_json(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
-
-
-def digest_of_json(value: Any) -> str:
-    """The digest of anything that JSON holds, whatever the order of its names: 32 hexadecimal digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
-    return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
-
-
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +151,8 @@ class StoreStat:
     Attributes:
         rows: rows that can be looked up.
         values: log-probs in them.
-        bytes: on disk, shards only.
-        shards: files that hold them.
+        shards: files whose index could be read.
+        bytes: their size.
         damaged: name → reason of shards, or of rows in shards, that are not believed.
         hits, misses: rows that `lookup` of this process found and did not find.
     """
@@ -190,13 +177,15 @@ class ReferenceStore:
         self.folder = folder
         self.space = space
         self.damaged: dict[str, str] = {}
+        self.unreadable: set[str] = set()
         self.hits = 0
         self.misses = 0
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._seen: set[str] = set()
         self._where: dict[bytes, tuple[int, int]] = {}  # key → (shard, row in it)
         self._elsewhere: dict[bytes, list[tuple[int, int]]] = {}  # further copies, for when the first is damaged
         self._files: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.RLock()
         self.refresh()
 
     @classmethod
@@ -212,21 +201,18 @@ class ReferenceStore:
                 another version.
         """
         path = Path(path)
-        found = spaces(path)
+        if space is None and (path / MANIFEST).is_file():  # the folder of a space itself
+            path, space = path.parent, path.resolve().name
+        found, unusable = read_spaces(path)
         fits = [s for s in found if space is None or s.name.startswith(space) or s.label == space]
-        if len(fits) == 1:
+        if len(fits) == 1 and not (space is None and unusable):
             return cls(path / fits[0].name, fits[0])
-        wanted = "a space" if space is None else f"space {space!r}"
-        listed = "; it holds " + ", ".join(f"{s.name} ({s.label})" for s in found) if found else ""
-        lost = _without_manifest(path)
-        if lost:
-            listed += (
-                f"; {', '.join(lost)} has shards but no {_MANIFEST}: `selective-pref score` with the same reference "
-                "writes it again and keeps the shards"
-            )
-        if not fits:
-            raise StoreError(f"{path} holds no {wanted.removeprefix('a ')}{listed}{_FILL if not listed else ''}")
-        raise StoreError(f"{path} holds more than one reference{listed}. Say which: give space")
+        listed = "".join(f"\n  {s.name} ({s.label})" for s in found)
+        listed += "".join(f"\n  {name}: {reason}" for name, reason in unusable.items())
+        if not listed:
+            raise StoreError(f"the reference store {path} is empty.{FILL}")
+        wanted = "Give the name of one as space" if space is None else f"None of them alone fits {space!r}"
+        raise StoreError(f"the reference store {path} holds{listed}\n{wanted}")
 
     @classmethod
     def create(cls, path: str | Path, space: Space) -> ReferenceStore:
@@ -236,39 +222,48 @@ class ReferenceStore:
             StoreWriteError: the folder cannot be written to.
         """
         folder = Path(path) / space.name
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                _read_vocabulary(folder, _read_manifest(folder)[0])
+                read_vocabulary(folder, read_manifest(folder))
             except DamagedStoreError:
-                _write_space(folder, space)
+                if space.vocabulary is None:
+                    raise
+                write_space(folder, space)
         return cls(folder, space)
 
     def refresh(self) -> int:
-        """Takes in shards that were written since; returns how many."""
+        """Takes in shards that were written since; returns how many.
+
+        Raises:
+            StoreError: the folder cannot be read.
+        """
         try:
-            names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name.endswith(_SHARD))
+            names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name.endswith(SUFFIX))
         except OSError as error:
             raise StoreError(f"the space {self.folder} cannot be read: {error.strerror}") from error
-        new = [name for name in names if name not in self._seen and not name.startswith(".")]
-        taken = 0
-        for name in new:
+        with self._lock:
+            return sum(self._take(name) for name in names if name not in self._seen)
+
+    def _take(self, name: str) -> bool:
+        """Reads a shard's index and remembers where its rows are; False where there is nothing to believe."""
+        try:
+            shard = Shard.read(self.folder / name, self.space.name)
+        except FileNotFoundError:
+            return False  # merged into another since the folder was read
+        except DamageError as error:
             self._seen.add(name)
-            try:
-                shard = _Shard.read(self.folder / name, self.space.name)
-            except FileNotFoundError:
-                self._seen.discard(name)  # merged into another meanwhile
-                continue
-            except _DamageError as error:
-                self._report(name, str(error))
-                continue
-            self._shards.append(shard)
-            number = len(self._shards) - 1
-            for row, key in enumerate(shard.keys()):
-                if self._where.setdefault(key, (number, row)) != (number, row):
-                    self._elsewhere.setdefault(key, []).append((number, row))
-            taken += 1
-        return taken
+            if not isinstance(error, OtherFormatError):
+                self.unreadable.add(name)
+            self._report(name, str(error))
+            return False
+        self._seen.add(name)
+        self._shards.append(shard)
+        number = len(self._shards) - 1
+        for row, key in enumerate(shard.keys()):
+            if self._where.setdefault(key, (number, row)) != (number, row):
+                self._elsewhere.setdefault(key, []).append((number, row))
+        return True
 
     def lookup(self, batch: Batch) -> torch.Tensor:
         """The stored log-probs of a batch, [2B T] float32 on its device, 0 where no completion token stands.
@@ -299,9 +294,10 @@ class ReferenceStore:
 
     def values_of(self, rows: Sequence[Row]) -> list[np.ndarray | None]:
         """The float32 log-probs of each row's completion tokens, in order; None for a row that is not stored."""
-        found = [self._read(row) for row in rows]
-        if any(values is None for values in found) and self.refresh():
-            found = [self._read(row) if values is None else values for row, values in zip(rows, found, strict=True)]
+        with self._lock:
+            found = [self._read(row) for row in rows]
+            if any(values is None for values in found) and self.refresh():
+                found = [self._read(row) if got is None else got for row, got in zip(rows, found, strict=True)]
         missed = sum(values is None for values in found)
         self.misses += missed
         self.hits += len(found) - missed
@@ -309,15 +305,21 @@ class ReferenceStore:
 
     def missing_rows(self, rows: Iterable[Row]) -> list[Row]:
         """The rows that are not stored, or not intact, each once."""
-        self.refresh()
         unique = {row.key: row for row in rows}
-        return [row for row in unique.values() if self._read(row) is None]
+        with self._lock:
+            self.refresh()
+            return [row for row in unique.values() if self._read(row) is None]
 
     def missing(self, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
         """The pairs of which a side is not stored, or not intact."""
         rows = rows_of_pairs(pairs)
         lacking = {row.key for row in self.missing_rows(rows)}
         return [p for n, p in enumerate(pairs) if rows[2 * n].key in lacking or rows[2 * n + 1].key in lacking]
+
+    def has(self, row: Row) -> bool:
+        """Whether a row is stored and intact, as far as this process has looked."""
+        with self._lock:
+            return self._read(row) is not None
 
     def check(self, pairs: Sequence[TokenizedPair]) -> None:
         """Raises MissingRowsError unless both sides of every pair are stored: ask before the first step."""
@@ -349,18 +351,20 @@ class ReferenceStore:
         """Token → id of the reference's tokenizer."""
         if self.space.vocabulary is not None:
             return self.space.vocabulary
-        return _read_vocabulary(self.folder, self.space.identity)
+        return read_vocabulary(self.folder, self.space)
 
     def writer(self, **options: Any) -> StoreWriter:
         """A writer of new rows to this space; any number of them may be at work, in any number of processes."""
         return StoreWriter(self, **options)
 
     def stat(self) -> StoreStat:
-        """Counts of what the space holds and of what was asked of it."""
-        self.refresh()
+        """Counts of what the space holds and of what was asked of it; reads and checks every row."""
+        with self._lock:
+            self.refresh()
+            lengths = [len(values) for key in list(self._where) if (values := self._values(key)) is not None]
         return StoreStat(
-            rows=len(self._where),
-            values=sum(self._shards[shard].length(row) for shard, row in self._where.values()),
+            rows=len(lengths),
+            values=sum(lengths),
             bytes=sum(shard.bytes for shard in self._shards),
             shards=len(self._shards),
             damaged=dict(self.damaged),
@@ -380,29 +384,36 @@ class ReferenceStore:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_files": OrderedDict()}
+        return {**vars(self), "_files": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _files=OrderedDict(), _lock=threading.RLock())
 
     def _read(self, row: Row) -> np.ndarray | None:
         """The values of one row, compared with their checksum; None where they are not stored or not intact."""
         if row.values == 0:
             return np.zeros(0, dtype=np.float32)  # nothing to know
-        while (where := self._where.get(row.key)) is not None:
+        return self._values(row.key, row.values)
+
+    def _values(self, key: bytes, count: int | None = None) -> np.ndarray | None:
+        """The values under a key (which must be `count`), from the first intact copy."""
+        while (where := self._where.get(key)) is not None:
             number, index = where
             shard = self._shards[number]
             try:
-                raw = shard.raw(self._file(number), index)
-                if len(raw) == 4 * row.values and _checksum(row.key, raw) == shard.checksum(index):
-                    return np.frombuffer(raw, dtype="<f4")
+                values = shard.values(self._file(number), index)
+                if values is not None and count in (None, len(values)):
+                    return values
                 self._report(shard.path.name, f"the values of row {index} do not have their checksum")
             except FileNotFoundError:  # removed, or merged into another, which the next refresh finds
                 pass
             except OSError as error:
                 self._report(shard.path.name, f"cannot be read: {error.strerror}")
-            others = self._elsewhere.get(row.key)
+            others = self._elsewhere.get(key)
             if others:
-                self._where[row.key] = others.pop(0)
+                self._where[key] = others.pop(0)
             else:
-                del self._where[row.key]
+                del self._where[key]
         return None
 
     def _file(self, number: int) -> Any:
@@ -424,40 +435,12 @@ class ReferenceStore:
         return (
             f"{count} of {total} {kind} are not in the store {self.folder} (reference {self.space.label!r}): {shown}."
             f"{damage} A row is found by its exact token ids and completion mask: truncation, template and tokenizer "
-            f"must be those that the store was filled with.{_FILL}"
+            f"must be those that the store was filled with.{FILL}"
         )
-
-
-_FILL = " Fill it: selective-pref score --ref-model MODEL --pairs PAIRS --store STORE"
-
-
-def spaces(path: str | Path) -> list[Space]:
-    """The spaces of a store, in order of their labels.
-
-    Raises:
-        StoreError: `path` is no folder, or a manifest is damaged or of another version.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise StoreError(f"no reference store at {path}: expected a folder.{_FILL}")
-    found = []
-    for folder in sorted(path.iterdir()):
-        if (folder / _MANIFEST).is_file():
-            identity, label = _read_manifest(folder)
-            found.append(Space(identity=identity, label=label))
-    return sorted(found, key=lambda space: (space.label, space.name))
 
 
 def _shown(row: Row) -> str:
     return f"{len(row.ids)} tokens, {int(row.mask.sum())} of the completion, ids {row.ids[:4].tolist()}…"
-
-
-def _without_manifest(path: Path) -> list[str]:
-    return [
-        folder.name
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and not (folder / _MANIFEST).is_file() and any(folder.glob(f"*{_SHARD}"))
-    ]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -472,17 +455,22 @@ class StoreWriter:
         store: where to.
         shard_bytes: a shard is written when its values reach this size.
         flush_seconds: or when its first row has waited this long.
+
+    Raises:
+        StoreWriteError: the folder cannot be written to (better said now than after an hour of scoring).
     """
 
-    def __init__(self, store: ReferenceStore, *, shard_bytes: int = 64 << 20, flush_seconds: float = 30.0) -> None:
+    def __init__(
+        self, store: ReferenceStore, *, shard_bytes: int = SHARD_BYTES, flush_seconds: float = FLUSH_SECONDS
+    ) -> None:
         self.store = store
         self.shard_bytes = shard_bytes
         self.flush_seconds = flush_seconds
-        self.written = 0
+        self.shards: set[Path] = set()
         self._rows: dict[bytes, bytes] = {}
         self._bytes = 0
         self._since = 0.0
-        _probe(store.folder)  # better now than after an hour of scoring
+        check_writable(store.folder)
 
     def add(self, row: Row, values: np.ndarray) -> None:
         """Takes in a row's float32 log-probs, one for each of its completion tokens after the first position.
@@ -497,9 +485,13 @@ class StoreWriter:
             )
         if not np.isfinite(values).all():
             raise ValueError(f"{row.place}: a log-prob that is not finite cannot be stored")
+        self.add_values(row.key, values)
+
+    def add_values(self, key: bytes, values: np.ndarray) -> None:
+        """`add` by key."""
         if not self._rows:
             self._since = time.monotonic()
-        self._rows[row.key] = values.astype("<f4", copy=False).tobytes()
+        self._rows[key] = values.astype("<f4", copy=False).tobytes()
         self._bytes += values.nbytes
         if self._bytes >= self.shard_bytes or time.monotonic() - self._since >= self.flush_seconds:
             self.flush()
@@ -508,12 +500,11 @@ class StoreWriter:
         """Writes what was collected as one shard; nothing where there is nothing."""
         if not self._rows:
             return
-        name, data = _shard_bytes(self._rows, self.store.space.name)
-        with _writing(self.store.folder):
-            _write_whole(self.store.folder / name, data)
-        self.written += len(self._rows)
+        name, data = shard_bytes(self._rows, self.store.space.name)
+        with writing(self.store.folder):
+            write_whole(self.store.folder / name, data)
+        self.shards.add(self.store.folder / name)
         self._rows, self._bytes = {}, 0
-        self.store.refresh()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -522,218 +513,65 @@ class StoreWriter:
         self.flush()
 
 
-def _shard_bytes(rows: dict[bytes, bytes], space: str) -> tuple[str, bytes]:
-    """(name, content) of the file that holds these rows: key → values."""
-    keys = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, _KEY)
-    lengths = [len(raw) // 4 for raw in rows.values()]
-    tensors = {
-        "keys": keys,
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"),
-        "checksums": np.frombuffer(b"".join(_checksum(k, raw) for k, raw in rows.items()), dtype=np.uint8).reshape(
-            -1, _CHECK
-        ),
-        "values": np.frombuffer(b"".join(rows.values()), dtype="<f4"),
-    }
-    data = save(tensors, metadata={"format": str(FORMAT), "space": space})
-    header, start = _header(data)
-    return _index_digest(data[:start], [_part(data, start, header, name) for name in _INDEX]) + _SHARD, data
+# --- tidying up ------------------------------------------------------------------------------------------------------
 
 
-def _checksum(key: bytes, raw: bytes) -> bytes:
-    return hashlib.blake2b(raw, digest_size=_CHECK, key=key).digest()
+@dataclass(frozen=True, kw_only=True)
+class PruneReport:
+    """What `prune` did to a space.
 
+    Attributes:
+        rows: rows that are left.
+        removed_rows: intact rows that were not to be kept.
+        shards, bytes: files and their size afterwards.
+        shards_before, bytes_before: and before.
+    """
 
-def _write_space(folder: Path, space: Space) -> None:
-    tokens = json.dumps(space.vocabulary, ensure_ascii=True, sort_keys=True).encode("ascii")
-    _write_whole(folder / _VOCABULARY, gzip.compress(tokens, mtime=0))
-    manifest = {"format": FORMAT, "label": space.label, "identity": space.identity}
-    _write_whole(folder / _MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode("ascii"))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, also after a power cut."""
-    aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with aside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _probe(folder: Path) -> None:
-    """Raises StoreWriteError where nothing can be written."""
-    with _writing(folder):
-        probe = folder / f".{secrets.token_hex(8)}.tmp"
-        probe.touch(exist_ok=False)
-        probe.unlink()
-
-
-class _writing:  # noqa: N801 - reads as a sentence: with _writing(folder)
-    """Turns an OSError into a StoreWriteError that names the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OSError):
-            raise StoreWriteError(
-                error.errno,
-                f"cannot write to the reference store {self.folder}: {error.strerror or error}. What was stored "
-                "before is intact: make room or give a folder that can be written to, and run the command again",
-            ) from error
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class _DamageError(Exception):
-    """A shard that is not believed; the message is the reason."""
-
-
-_INDEX = ("keys", "offsets", "checksums")
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """The index of a shard's file: everything but the values."""
-
-    path: Path
+    rows: int
+    removed_rows: int
+    shards: int
     bytes: int
-    start: int  # where the values begin in the file
-    _keys: bytes
-    offsets: np.ndarray
-    _checksums: bytes
-
-    @classmethod
-    def read(cls, path: Path, space: str) -> _Shard:
-        """Raises _DamageError, or FileNotFoundError."""
-        try:
-            size = path.stat().st_size
-            with path.open("rb", buffering=0) as file:
-                lead = file.read(8)
-                length = int.from_bytes(lead, "little")
-                if len(lead) < 8 or length > size - 8:
-                    raise _DamageError(f"truncated: {size} bytes")
-                header, start = _header(lead + file.read(length))
-                if size != start + max(_span(header, name)[1] for name in (*_INDEX, "values")):
-                    raise _DamageError(f"truncated or extended: {size} bytes")
-                parts = [_part_of_file(file, start, header, name) for name in _INDEX]
-                values = _span(header, "values")
-                file.seek(0)
-                digest = _index_digest(file.read(start), parts)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise _DamageError(f"cannot be read: {error.strerror}") from error
-        if digest + _SHARD != path.name:
-            raise _DamageError("header or index do not have the checksum that is its name")
-        metadata = header["__metadata__"]
-        if metadata.get("format") != str(FORMAT):
-            raise _DamageError(f"written in format {metadata.get('format')}; this version reads {FORMAT}")
-        if metadata.get("space") != space:
-            raise _DamageError(f"belongs to the space {metadata.get('space')}")
-        return cls(path, size, start + values[0], parts[0], np.frombuffer(parts[1], dtype="<i8"), parts[2])
-
-    def keys(self) -> list[bytes]:
-        """The keys of its rows."""
-        return [self._keys[at : at + _KEY] for at in range(0, len(self._keys), _KEY)]
-
-    def length(self, row: int) -> int:
-        """How many values a row has."""
-        return int(self.offsets[row + 1] - self.offsets[row])
-
-    def checksum(self, row: int) -> bytes:
-        """The checksum that a row's values must have."""
-        return self._checksums[row * _CHECK : (row + 1) * _CHECK]
-
-    def raw(self, file: Any, row: int) -> bytes:
-        """The bytes of a row's values; fewer where the file has become shorter."""
-        return os.pread(file.fileno(), 4 * self.length(row), self.start + 4 * int(self.offsets[row]))
+    shards_before: int
+    bytes_before: int
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
-    """(header of a safetensors file, where its tensors begin)."""
-    length = int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8 : 8 + length])
-        for name in (*_INDEX, "values"):
-            _span(header, name)
-        header["__metadata__"].get("format")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _DamageError("its header is no safetensors header of a shard") from error
-    return header, 8 + length
+def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_bytes: int = SHARD_BYTES) -> PruneReport:
+    """Writes a space anew without damage, copies, leftovers of killed writers and, with `keep`, without other rows.
 
+    Small shards become few large ones. Everything that is kept is written before anything is removed: a kill loses
+    nothing, others may read and write meanwhile, and the disk must have room for both. Whole shards of another format
+    are left alone.
 
-def _span(header: dict[str, Any], name: str) -> tuple[int, int]:
-    first, last = header[name]["data_offsets"]
-    if not 0 <= int(first) <= int(last):
-        raise ValueError(name)
-    return int(first), int(last)
+    Args:
+        store: the space.
+        keep: the only rows to keep; None for all.
+        shard_bytes: the size of the new shards.
 
-
-def _part(data: bytes, start: int, header: dict[str, Any], name: str) -> bytes:
-    first, last = _span(header, name)
-    return data[start + first : start + last]
-
-
-def _part_of_file(file: Any, start: int, header: dict[str, Any], name: str) -> bytes:
-    first, last = _span(header, name)
-    part = os.pread(file.fileno(), last - first, start + first)
-    if len(part) < last - first:
-        raise _DamageError("truncated in its index")
-    return part
-
-
-def _index_digest(header: bytes, parts: Sequence[bytes]) -> str:
-    digest = hashlib.blake2b(header, digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """(identity, label)."""
-    again = "`selective-pref score` with the same reference writes it again and keeps the shards"
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        version, identity, label = manifest["format"], manifest["identity"], str(manifest["label"])
-    except FileNotFoundError as error:
-        raise DamagedStoreError(f"{folder} has no {_MANIFEST}: {again}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamagedStoreError(f"{folder / _MANIFEST} is damaged: {again}") from error
-    if version != FORMAT:
-        raise StoreError(
-            f"{folder / _MANIFEST} is of format {version}; this version reads {FORMAT}: use the version of "
-            "selective-pref that wrote it, or score into another folder"
-        )
-    if digest_of_json(identity) != folder.name:
-        raise DamagedStoreError(f"{folder / _MANIFEST} does not belong to its folder: {again}")
-    return identity, label
-
-
-def _read_vocabulary(folder: Path, identity: dict[str, Any]) -> dict[str, int]:
-    again = "`selective-pref score` with the same reference writes it again and keeps the shards"
-    try:
-        vocabulary = json.loads(gzip.decompress((folder / _VOCABULARY).read_bytes()))
-        intact = vocabulary_digest(vocabulary) == identity.get("vocabulary")
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{folder / _VOCABULARY} is gone or damaged: {again}") from error
-    if not intact:
-        raise DamagedStoreError(f"{folder / _VOCABULARY} does not have the digest that {_MANIFEST} names: {again}")
-    return vocabulary
+    Raises:
+        StoreWriteError: the folder cannot be written to; nothing was removed.
+    """
+    before = store.stat()  # reads everything, so that all damage is known
+    wanted = set(store._where) if keep is None else {row.key for row in keep}
+    old = {shard.path for shard in store._shards} | {store.folder / name for name in store.unreadable}
+    writer = store.writer(shard_bytes=shard_bytes, flush_seconds=math.inf)
+    for key in [key for key in store._where if key in wanted]:
+        values = store._values(key)
+        if values is not None:
+            writer.add_values(key, values)
+    writer.flush()
+    with writing(store.folder):
+        abandoned = [
+            p for p in store.folder.glob(".*.tmp") if time.time() - p.stat().st_mtime > _ABANDONED_AFTER_SECONDS
+        ]
+        for path in {*old, *abandoned} - writer.shards:
+            path.unlink(missing_ok=True)
+        sync_folder(store.folder)
+    after = ReferenceStore(store.folder, store.space).stat()
+    return PruneReport(
+        rows=after.rows,
+        removed_rows=before.rows - after.rows,
+        shards=after.shards,
+        bytes=after.bytes,
+        shards_before=before.shards,
+        bytes_before=before.bytes,
+    )

@@ -1,7 +1,11 @@
-"""Who fills the store of reference log-probs: a local model.
+"""Who fills the store of reference log-probs: a local model here, a served one in `served.py`.
 
 In: a reference, and pairs as token ids. Out: rows in a `ReferenceStore`, and a report of what was scored and what was
-there already. A reference is asked for every row once, whatever the runs that read it later do.
+there already. A reference is asked for each row once, whatever the runs that read it later do; where several processes
+fill a store together, each asks its own copy for its own share.
+
+    store = ReferenceStore.create(path, reference_space(model, tokenizer))
+    fill_store(store, pairs, model, pad_token_id=tokenizer.pad_token_id)
 """
 
 from __future__ import annotations
@@ -9,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -23,32 +28,39 @@ from selective_pref import NonFiniteError
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_cache import (
+    FLUSH_SECONDS,
     ReferenceStore,
     Row,
     Space,
     StoreError,
-    digest_of_json,
     rows_of_pairs,
-    vocabulary_digest,
 )
+from selective_pref_adapters.spaces import digest_of_json, vocabulary_digest
 
 SCORING_VERSION = 1
 """Part of every reference's identity: raised whenever a change of this code changes the numbers it gives."""
 
-_UNREAD_BY_LOGPS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+Scored: TypeAlias = list[tuple[Row, np.ndarray]]
+"""What one call of a reference gives: rows, each with float32 log-probs of its completion tokens."""
+Scorer: TypeAlias = Callable[[Sequence[Row]], Iterable[Scored]]
+"""A reference as `fill_rows` asks it: all rows that are lacking, the longest first, in; calls' results, in any order,
+out."""
+
+BATCH_TOKENS = 16384
+_DECIDES_NOTHING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringReport:
-    """What `fill_store` did.
+    """What filling a store took, over all processes.
 
     Attributes:
         rows: different rows (sides of pairs) that were asked for.
         hits: those that were stored already.
         scored: those that were scored now.
-        forward_passes: calls of the model.
-        tokens: token positions that went through the model.
-        seconds: wall time of all of it.
+        forward_passes: calls of the model, or requests that were answered.
+        tokens: token positions of the rows that were scored.
+        seconds: wall time of all of it, on this process.
     """
 
     rows: int
@@ -59,17 +71,42 @@ class ScoringReport:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Stored log-probs beside those that a reference gives now.
+
+    Attributes:
+        rows: how many were compared.
+        identical: how many are equal bit by bit.
+        max_difference, mean_difference: of their log-probs, in nats.
+        worst: the place of the row with the largest difference.
+    """
+
+    rows: int
+    identical: int
+    max_difference: float
+    mean_difference: float
+    worst: str
+
+
+# --- who a reference is ----------------------------------------------------------------------------------------------
+
+
 def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "reference") -> Space:
     """The identity of a local reference: everything that decides the log-probs it gives.
 
+    A model under adapters that are switched off is its base model: what they learn changes nothing, and their rows are
+    found by the bare model, too.
+
     Args:
         model: a causal LM, or a PEFT model around one with its adapters on or off as they will be while it scores;
-            whole, not sharded over processes.
+            whole on this process, not sharded.
         tokenizer: the reference's own.
         label: what people call it; decides nothing.
 
     Raises:
-        StoreError: weights are not here to be digested (sharded, or on the meta device).
+        StoreError: weights are not here to be digested (sharded, or on the meta device), or the model prepends
+            virtual tokens, so that its log-probs do not belong to the row's tokens.
     """
     vocabulary = dict(tokenizer.get_vocab())
     identity = {**model_identity(model), "vocabulary": vocabulary_digest(vocabulary)}
@@ -77,10 +114,13 @@ def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "ref
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """The part of a space's identity that the model alone decides."""
+    """The part of a space's identity that the model alone decides. Reads every weight: about a second for a GB."""
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = {k: v for k, v in causal.config.to_dict().items() if k not in _UNREAD_BY_LOGPS and not k.startswith("_")}
-    weights, adapter = _weights_digests(model)
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            raise StoreError(f"a {type(config).__name__} puts virtual tokens before a row: it cannot be a reference")
+    config = {k: v for k, v in causal.config.to_dict().items() if k not in _DECIDES_NOTHING and not k.startswith("_")}
+    weights, adapter = _digests_of_weights(model)
     return {
         "kind": "local model",
         "scoring_version": SCORING_VERSION,
@@ -93,23 +133,73 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _weights_digests(model: nn.Module) -> tuple[str, str]:
-    """(digest of the base weights, digest of what adapters add to them or "none")."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digests_of_weights(model: nn.Module) -> tuple[str, str]:
+    """(digest of the base model's weights, digest of what its adapters add, "none" where they add nothing)."""
+    adapted = {name: module for name, module in model.named_modules() if getattr(module, "adapter_layer_names", ())}
+    base, added = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    adds = False
+    for name, module in sorted(adapted.items()):
+        state = _adapter_state(module)
+        if state is not None:
+            adds = True
+            added.update(f"{name} {digest_of_json(state)};".encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue
-        _digest_tensor(digest, name, tensor)
-    return digest.hexdigest(), "none"
+            continue  # what a quantised layer notes about itself
+        owner, adapter = _adapter_of(name, adapted)
+        if owner is None:
+            plain = (
+                name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+            )
+            _digest_tensor(base, plain, tensor)
+        elif not owner.disable_adapters and adapter in owner.active_adapters:
+            _digest_tensor(added, name, tensor)
+    return base.hexdigest(), added.hexdigest() if adds else "none"
+
+
+def _adapter_state(module: Any) -> dict[str, Any] | None:
+    """What an adapted layer does besides its weights; None where it passes its base through untouched."""
+    merged = list(getattr(module, "merged_adapters", ()))
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in _adapters(module)]
+    if not merged and not active:
+        return None
+    scaling = getattr(module, "scaling", {})
+    return {
+        "kind": type(module).__name__,
+        "active": active,
+        "merged": merged,
+        "scaling": {n: scaling.get(n) for n in active},
+    }
+
+
+def _adapters(module: Any) -> set[str]:
+    """The names of the adapters that a layer has."""
+    return {name for part in module.adapter_layer_names for name in getattr(module, part, {})}
+
+
+def _adapter_of(name: str, adapted: dict[str, Any]) -> tuple[Any, str | None]:
+    """(the adapted layer that owns the tensor of this name as an adapter's, the adapter); (None, None) for others."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        owner = adapted.get(".".join(parts[:cut]))
+        if owner is not None and len(parts) > cut + 1 and parts[cut] in owner.adapter_layer_names:
+            return owner, parts[cut + 1]
+    return None, None
 
 
 def _digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    if tensor.is_meta or hasattr(tensor, "ds_id"):
-        raise StoreError(f"the weights of {name} are not here: give a reference that is loaded whole on this process")
+    if tensor.is_meta or hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor"):
+        raise StoreError(
+            f"the weights of {name} are not here (sharded or offloaded): a reference's identity is the digest of all "
+            "its weights, so take it before the model is sharded"
+        )
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, len(flat), 64 << 20):  # from the device piece by piece
         digest.update(flat[start : start + (64 << 20)].cpu().numpy())
+
+
+# --- filling ---------------------------------------------------------------------------------------------------------
 
 
 def fill_store(
@@ -118,17 +208,20 @@ def fill_store(
     model: nn.Module,
     *,
     pad_token_id: int,
-    batch_tokens: int = 16384,
+    batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> ScoringReport:
     """Scores the rows of `pairs` that the store lacks, and stores them; the others cost nothing.
 
-    The model is in evaluation mode meanwhile, and every random state is afterwards as it was before. On a CPU row
-    after row goes through `frozen_per_token_logps`, so that what is stored equals, bit by bit, what a reference gives
-    that runs beside the policy. On a GPU rows of like length share a batch.
+    The model is in evaluation mode and outside of autocast meanwhile, and every random state is afterwards as it was
+    before. On a CPU each row goes alone through `frozen_per_token_logps`: what is stored equals, bit by bit, what a
+    reference gives that runs beside the policy. On a GPU rows of like length share a batch.
+
+    With an initialised process group every process must call this with the same pairs; each scores its share, and all
+    of them wait for the last and find all rows.
 
     Args:
-        store: opened by `ReferenceStore.create(path, reference_space(model, tokenizer))`.
+        store: of this model: `ReferenceStore.create(path, reference_space(model, tokenizer))`.
         pairs: token ids.
         model: the reference.
         pad_token_id: what fills the ends of shorter rows.
@@ -136,75 +229,127 @@ def fill_store(
         progress: show a bar with an estimate of the time left.
 
     Raises:
-        StoreError: the model is not the one that the store's space names, or a row does not fit into it.
+        StoreError: the model is not the one that the store's space names, or cannot read a row.
         NonFiniteError: the model gave NaN or an infinity; names the row. What was scored before is stored.
         StoreWriteError: a shard could not be written. What was written before is stored.
     """
-    started = time.monotonic()
-    rows = {row.key: row for row in rows_of_pairs(pairs) if row.values}
-    lacking = store.missing_rows(rows.values())
-    forward_passes = tokens = 0
-    if lacking:
+
+    def score(rows: Sequence[Row]) -> Iterator[Scored]:
         _check_identity(store, model)
-        _check_rows(lacking, model)
-        install_fused_head(model)
-        lacking.sort(key=lambda row: len(row.ids), reverse=True)  # the longest first: what does not fit fails at once
-        device = next(model.parameters()).device
-        total = sum(len(row.ids) for row in lacking)
-        with (
-            _as_before(model),
-            store.writer() as writer,
-            tqdm(total=total, desc="scoring", unit="tok", unit_scale=True, disable=not progress) as bar,
-        ):
-            for group in _groups(lacking, batch_tokens if device.type == "cuda" else 1):
-                logps = frozen_per_token_logps(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
-                forward_passes += 1
-                for row, values in zip(group, logps, strict=True):
-                    values = values[: len(row.ids) - 1][row.mask[1:]]
-                    _check_finite(row, values)
-                    writer.add(row, values)
-                    tokens += len(row.ids)
-                bar.update(sum(len(row.ids) for row in group))
+        yield from local_scores(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
+
+    return fill_rows(store, rows_of_pairs(pairs), score, progress=progress)
+
+
+def fill_rows(
+    store: ReferenceStore,
+    rows: Iterable[Row],
+    scorer: Scorer,
+    *,
+    flush_seconds: float = FLUSH_SECONDS,
+    progress: bool = True,
+) -> ScoringReport:
+    """Asks `scorer` for the rows that the store lacks, and stores what it gives: `fill_store` for any reference.
+
+    Args:
+        store: where to.
+        rows: what is wanted; the same on every process.
+        scorer: the reference.
+        flush_seconds: what was scored is written at least this often.
+        progress: show a bar with an estimate of the time left.
+
+    Raises:
+        StoreError: another process failed, or does not share the folder; and whatever the scorer raises. What was
+            scored before is stored.
+    """
+    started = time.monotonic()
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    unique = {row.key: row for row in rows if row.values}
+    # The longest first: what does not fit fails at once. Dealt in this order, shares are alike.
+    ordered = sorted(unique.values(), key=lambda row: (-len(row.ids), row.key))
+    share = ordered[rank::world]
+    lacking = store.missing_rows(share)
+    calls, failure = 0, None
+    bar = tqdm(
+        total=sum(len(row.ids) for row in lacking),
+        desc="scoring" if world == 1 else f"scoring, process 1 of {world}",
+        unit="tok",
+        unit_scale=True,
+        disable=not progress or rank > 0 or not lacking,
+    )
+    try:
+        if lacking:
+            with bar, store.writer(flush_seconds=flush_seconds) as writer:
+                for scored in scorer(lacking):
+                    for row, values in scored:
+                        check_finite(row, values)
+                        writer.add(row, values)
+                    calls += 1
+                    bar.update(sum(len(row.ids) for row, _ in scored))
+    except Exception as error:
+        if world == 1:
+            raise
+        failure = error  # raised below, when the other processes know
+    tokens = sum(len(row.ids) for row in lacking)
+    totals = _sums([len(share) - len(lacking), len(lacking), calls, tokens, failure is not None])
+    if failure is not None:
+        raise failure
+    if totals[-1]:
+        raise StoreError(f"scoring failed on {totals[-1]} other processes; see their messages. What was scored is kept")
+    still = store.missing_rows(ordered)
+    if still:
+        raise StoreError(
+            f"{len(still)} of {len(ordered)} rows are not in {store.folder} after scoring (the first: "
+            f"{still[0].place}). Do all processes have the same pairs, and the same folder?"
+        )
     return ScoringReport(
-        rows=len(rows),
-        hits=len(rows) - len(lacking),
-        scored=len(lacking),
-        forward_passes=forward_passes,
-        tokens=tokens,
+        rows=len(ordered),
+        hits=totals[0],
+        scored=totals[1],
+        forward_passes=totals[2],
+        tokens=totals[3],
         seconds=time.monotonic() - started,
     )
 
 
-def _check_identity(store: ReferenceStore, model: nn.Module) -> None:
-    ours = model_identity(model)
-    stored = {name: store.space.identity.get(name) for name in ours}
-    if ours != stored:
-        differs = ", ".join(f"{n} ({stored[n]} stored, {ours[n]} given)" for n in ours if ours[n] != stored[n])
-        raise StoreError(
-            f"the space {store.space.name} ({store.space.label}) belongs to another reference; different: "
-            f"{differs}. Give the store of this model: ReferenceStore.create(path, reference_space(model, tokenizer))"
-        )
+def compare_rows(store: ReferenceStore, rows: Iterable[Row], scorer: Scorer, *, sample: int, seed: int) -> Comparison:
+    """Asks `scorer` again for a random sample of those `rows` that are stored, and compares. Stores nothing.
+
+    Raises:
+        StoreError: none of the rows is stored.
+    """
+    unique = {row.key: row for row in rows if row.values}
+    lacking = {row.key for row in store.missing_rows(unique.values())}
+    stored = sorted((row for key, row in unique.items() if key not in lacking), key=lambda row: row.key)
+    if not stored:
+        raise StoreError(f"none of {len(unique)} rows is stored in {store.folder}: there is nothing to compare")
+    drawn = random.Random(seed).sample(stored, min(sample, len(stored)))
+    drawn.sort(key=lambda row: len(row.ids), reverse=True)
+    differences: list[np.ndarray] = []
+    worst, worst_place, identical = -1.0, "", 0
+    for scored in scorer(drawn):
+        for row, values in scored:
+            check_finite(row, values)
+            (old,) = store.values_of([row])
+            if old is None:
+                raise StoreError(f"{row.place} was damaged or removed while it was compared: run the command again")
+            difference = np.abs(old.astype(np.float64) - values)
+            differences.append(difference)
+            identical += old.tobytes() == values.tobytes()
+            if difference.max() > worst:
+                worst, worst_place = float(difference.max()), row.place
+    return Comparison(
+        rows=len(drawn),
+        identical=identical,
+        max_difference=worst,
+        mean_difference=float(np.concatenate(differences).mean()),
+        worst=worst_place,
+    )
 
 
-def _check_rows(rows: Sequence[Row], model: Any) -> None:
-    """Raises StoreError for the first row that the model cannot read."""
-    config = model.config
-    context = getattr(config, "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    for row in rows:
-        if context is not None and len(row.ids) > context:
-            raise StoreError(
-                f"{row.place}: {len(row.ids)} tokens are more than the reference can read ({context}): truncate pairs "
-                "to what both models can read (max_length), the same in scoring and in training"
-            )
-        if int(row.ids.max()) >= vocabulary or int(row.ids.min()) < 0:
-            raise StoreError(
-                f"{row.place}: token ids up to {int(row.ids.max())} are outside the reference's vocabulary of "
-                f"{vocabulary}: tokenizer and reference do not belong together"
-            )
-
-
-def _check_finite(row: Row, values: np.ndarray) -> None:
+def check_finite(row: Row, values: np.ndarray) -> None:
+    """Raises NonFiniteError, which names row and token, where a log-prob is NaN or infinite."""
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         at = np.flatnonzero(row.mask[1:])[bad[0]] + 1
@@ -212,6 +357,65 @@ def _check_finite(row: Row, values: np.ndarray) -> None:
             f"{row.place}: the reference gives {values[bad[0]]} to token {at} (id {row.ids[at]}); {len(bad)} of "
             f"{len(values)} log-probs of this row are not finite. It is not stored; what was scored before is"
         )
+
+
+def _check_identity(store: ReferenceStore, model: nn.Module) -> None:
+    ours = model_identity(model)
+    stored = {name: store.space.identity.get(name) for name in ours}
+    if ours != stored:
+        differ = ", ".join(f"{name} ({stored[name]}, not {ours[name]})" for name in ours if ours[name] != stored[name])
+        raise StoreError(
+            f"the space {store.space.name} ({store.space.label}) belongs to another reference. Different: {differ}. "
+            "Open the store of this model: ReferenceStore.create(path, reference_space(model, tokenizer))"
+        )
+
+
+def _sums(counts: Sequence[int]) -> list[int]:
+    """Of every count, over all processes; one message, so that nobody waits for a process that failed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(counts)
+    total = torch.tensor(counts, dtype=torch.int64, device="cpu" if "gloo" in dist.get_backend() else "cuda")
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+# --- a local model ---------------------------------------------------------------------------------------------------
+
+
+def local_scores(
+    rows: Sequence[Row], model: nn.Module, *, pad_token_id: int, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[Scored]:
+    """The log-probs that a model on this process gives to rows: a `Scorer`, once its options are bound.
+
+    Raises:
+        StoreError: a row is longer than the model can read, or holds ids that it does not have; before any is scored.
+    """
+    _check_readable(rows, model)
+    with _as_before(model):
+        install_fused_head(model)
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    for group in _groups(ordered, batch_tokens if device.type == "cuda" else 1):
+        with _as_before(model), torch.autocast(device.type, enabled=False):
+            logps = frozen_per_token_logps(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
+        yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=True)]
+
+
+def _check_readable(rows: Sequence[Row], model: Any) -> None:
+    """Raises StoreError for the first row that the model cannot read."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for row in rows:
+        if context is not None and len(row.ids) > context:
+            raise StoreError(
+                f"{row.place}: {len(row.ids)} tokens are more than the reference can read ({context}): truncate the "
+                "pairs to what both models can read (max_length), the same for scoring and for training"
+            )
+        if int(row.ids.max()) >= vocabulary or int(row.ids.min()) < 0:
+            raise StoreError(
+                f"{row.place}: token id {int(row.ids.max())} is outside the reference's vocabulary of {vocabulary}: "
+                "tokenizer and reference do not belong together"
+            )
 
 
 def _groups(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
@@ -244,14 +448,14 @@ def _collate(rows: Sequence[Row], pad_token_id: int, device: torch.device) -> di
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's mode and every random state is what it was."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -1,0 +1,318 @@
+"""`selective-pref score`: reference log-probs of a file of pairs into a store, and what else a store needs.
+
+In: a `ScoreConfig`. Out: rows in a store, and a few lines that say what was done. Under torchrun each process loads the
+reference and scores its share of the rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
+from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, prune, rows_of_pairs
+from selective_pref_adapters.score_config import ScoreConfig
+from selective_pref_adapters.scoring import (
+    Comparison,
+    Scorer,
+    ScoringReport,
+    compare_rows,
+    fill_rows,
+    local_scores,
+    reference_space,
+)
+from selective_pref_adapters.spaces import read_spaces
+
+PAPER_MAX_LENGTH = 4096
+
+
+def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
+    """Does what the configuration says, and prints what came of it.
+
+    Returns:
+        What filling took, or how a verified sample compares; None for --stat and --prune.
+
+    Raises:
+        ValueError: options that make no sense, rows, models or stores that do not work, a sample that differs.
+        OSError: a store that cannot be written to, a server that does not answer.
+        NonFiniteError: the reference gave NaN or an infinity.
+    """
+    check_config(config)
+    console = Console(stderr=True)
+    disable_progress_bar()
+    if config.stat:
+        show_stat(config, Console())
+        return None
+    if config.prune:
+        prune_spaces(config, Console())
+        return None
+    with processes() as rank:
+        reference = served_reference(config) if config.url else local_reference(config, rank)
+        store, scorer, tokenizer, context = reference
+        policy_tokenizer = tokenizer if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        check_same_tokenizer(policy_tokenizer, tokenizer)
+        pairs, notes = load_pairs(config, policy_tokenizer, context, progress=rank == 0)
+        if rank == 0:
+            for note in notes:
+                console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+        if config.verify:
+            return verify(config, store, pairs, scorer)
+        rows = rows_of_pairs(pairs)
+        if config.url is not None:
+            from selective_pref_adapters.served import steady
+
+            scorer = steady(store, rows, scorer)
+        report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
+        if rank == 0:
+            print_report(Console(), config, store, len(pairs), report)
+    return report
+
+
+def check_config(config: ScoreConfig) -> None:
+    """Raises ValueError at the first option that makes no sense, alone or beside another."""
+    modes = [name for name in ("stat", "verify", "prune") if getattr(config, name)]
+    if len(modes) > 1:
+        raise ValueError(f"--{modes[0]} and --{modes[1]} are two different things to do: give one")
+    if config.stat or config.prune:
+        if config.pairs is not None and config.tokenizer is None and (config.ref_model is None or config.url):
+            raise ValueError(
+                "rows are found by their token ids: give --tokenizer (or a local --ref-model) with --pairs"
+            )
+    else:
+        for name in ("ref_model", "pairs"):
+            if getattr(config, name) is None:
+                raise ValueError(f"give --{name.replace('_', '-')} (or --stat or --prune alone)")
+        if config.url is not None and config.revision is None:
+            raise ValueError(
+                "nobody can see from here which weights a server has: give --revision, any name that you change "
+                "whenever they change"
+            )
+        if config.url is not None and config.tokenizer is None and not Path(str(config.ref_model)).is_dir():
+            raise ValueError("give --tokenizer: the folder or hub id of the served model's tokenizer")
+    if config.verify and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--verify runs on one process: start it without torchrun")
+    for name in ("batch_tokens", "verify_rows", "rows_per_request", "concurrency", "attempts"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+Reference = tuple[ReferenceStore, Scorer, Any, int | None]
+"""(its space of the store, how it is asked, its tokenizer, how many tokens it can read)."""
+
+
+def local_reference(config: ScoreConfig, rank: int) -> Reference:
+    """The model of `ref_model` on this process's device."""
+    name = str(config.ref_model)
+    tokenizer = load_tokenizer(name)
+    model = load_model(config, name)
+    label = Path(name).name if Path(name).exists() else name
+    store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    scorer = partial(local_scores, model=model, pad_token_id=pad, batch_tokens=config.batch_tokens)
+    return store, scorer, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def served_reference(config: ScoreConfig) -> Reference:
+    """The model that `url` serves under the name `ref_model`."""
+    from selective_pref_adapters.served import Server, served_scorer, served_space  # needs an HTTP client
+
+    headers = {}
+    if config.api_key_variable is not None:
+        if config.api_key_variable not in os.environ:
+            raise ValueError(f"the environment variable {config.api_key_variable} is not set")
+        headers["Authorization"] = f"Bearer {os.environ[config.api_key_variable]}"
+    server = Server(
+        url=str(config.url),
+        model=str(config.ref_model),
+        protocol=config.protocol,
+        concurrency=config.concurrency,
+        rows_per_request=config.rows_per_request,
+        timeout=config.timeout,
+        attempts=config.attempts,
+        headers=headers,
+    )
+    tokenizer = load_tokenizer(config.tokenizer or str(config.ref_model))
+    space = served_space(server.model, str(config.revision), tokenizer)
+    store = ReferenceStore.create(config.store, space)
+    return store, served_scorer(server, tokenizer), tokenizer, None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model folder or hub id."""
+    return _load("tokenizer", name, AutoTokenizer.from_pretrained)
+
+
+def load_model(config: ScoreConfig, name: str) -> torch.nn.Module:
+    """A causal LM from a folder or hub id, frozen, on this process's device."""
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options))
+    return model.to(_device()).eval().requires_grad_(False)
+
+
+def _load(kind: str, name: str, loader: Any) -> Any:
+    folder = Path(name)
+    if folder.exists() and not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json")):
+        raise ValueError(
+            f"{name} is no model folder: expected a config.json, a tokenizer and safetensors weights in it"
+        )
+    try:
+        return loader(name)
+    except (OSError, ValueError, ImportError) as error:
+        where = "the folder is incomplete" if folder.exists() else "there is no such folder, nor a hub model at hand"
+        raise ValueError(f"cannot load the {kind} of {name!r} ({where}): {error}") from error
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def processes() -> Iterator[int]:
+    """This process's rank; under torchrun, inside a process group that only counts and waits."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield dist.get_rank() if dist.is_initialized() else 0
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def load_pairs(
+    config: ScoreConfig, tokenizer: Any, context: int | None, *, progress: bool = True
+) -> tuple[list[TokenizedPair], list[str]]:
+    """(the pairs as token ids, what a reader should know about them)."""
+    if config.max_length is not None and context is not None and config.max_length > context:
+        raise ValueError(f"max_length {config.max_length} is longer than the reference can read ({context} tokens)")
+    malformed: list[str] | None = [] if config.skip_malformed_rows else None
+    rows = read_rows(str(config.pairs), malformed)
+    pairs, report = tokenize_pairs(
+        rows,
+        tokenizer,
+        max_length=config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH),
+        truncation_mode=config.truncation_mode,
+        progress=progress,
+    )
+    notes = report.lines()
+    if malformed:
+        notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+    return pairs, notes
+
+
+def _pairs_without_reference(config: ScoreConfig) -> list[TokenizedPair] | None:
+    """The pairs where no model is loaded; None where none are named."""
+    if config.pairs is None:
+        return None
+    name = config.tokenizer or str(config.ref_model)
+    context = config.max_length
+    if context is None and config.ref_model is not None and Path(config.ref_model).is_dir():
+        from transformers import AutoConfig
+
+        text = AutoConfig.from_pretrained(config.ref_model).get_text_config()
+        context = getattr(text, "max_position_embeddings", None)
+    return load_pairs(config, load_tokenizer(name), context)[0]
+
+
+# --- what a reader sees ----------------------------------------------------------------------------------------------
+
+
+def print_report(
+    console: Console, config: ScoreConfig, store: ReferenceStore, pairs: int, report: ScoringReport
+) -> None:
+    """What filling took."""
+    speed = f", {report.tokens / report.seconds:,.0f} tokens a second" if report.scored else ""
+    console.print(
+        f"{pairs} pairs, {report.rows} different rows: {report.hits} were stored, {report.scored} scored in "
+        f"{report.seconds:.1f} s with {report.forward_passes} calls of the reference{speed}",
+        soft_wrap=True,
+    )
+    console.print(f"store: {config.store}, space {store.space.name} ({store.space.label})", soft_wrap=True)
+
+
+def verify(config: ScoreConfig, store: ReferenceStore, pairs: Sequence[TokenizedPair], scorer: Scorer) -> Comparison:
+    """Scores a sample again. Raises ValueError where it differs by more than it may."""
+    tolerance = config.verify_tolerance
+    if tolerance is None:
+        tolerance = 1e-3 if config.dtype == "float32" and config.url is None else 0.5
+    seen = compare_rows(store, rows_of_pairs(pairs), scorer, sample=config.verify_rows, seed=config.verify_seed)
+    summary = (
+        f"{seen.rows} stored rows scored again: {seen.identical} equal bit by bit, largest difference "
+        f"{seen.max_difference:.3g} nats, mean {seen.mean_difference:.3g}"
+    )
+    if seen.max_difference > tolerance:
+        raise StoreError(
+            f"{summary}, most at {seen.worst}: more than {tolerance:g}. These rows were not given by this reference: "
+            f"remove {store.folder} and score again"
+        )
+    Console().print(summary, soft_wrap=True)
+    return seen
+
+
+def show_stat(config: ScoreConfig, console: Console) -> None:
+    """A table of the references of a store; with pairs, how many rows each lacks."""
+    pairs = _pairs_without_reference(config)
+    names, unusable = _names_of_spaces(config)
+    table = Table(title=config.store)
+    columns = ["space", "reference", "rows", "log-probs", "MB", "shards", "damaged"]
+    for column in columns + (["lacks"] if pairs is not None else []):
+        table.add_column(column, justify="left" if column in ("space", "reference") else "right", overflow="fold")
+    for name in names:
+        with ReferenceStore.open(config.store, name) as store:
+            stat = store.stat()
+            cells = [name[:8], store.space.label, f"{stat.rows}", f"{stat.values}", f"{stat.bytes / 1e6:.1f}"]
+            cells += [f"{stat.shards}", f"{len(stat.damaged)}"]
+            if pairs is not None:
+                rows = {row.key: row for row in rows_of_pairs(pairs) if row.values}
+                cells.append(f"{len(store.missing_rows(rows.values()))} of {len(rows)}")
+            table.add_row(*cells)
+    console.print(table)
+    for name, reason in unusable.items():
+        console.print(f"{name}: {reason}", soft_wrap=True)
+
+
+def prune_spaces(config: ScoreConfig, console: Console) -> None:
+    """Tidies up one space or all."""
+    pairs = _pairs_without_reference(config)
+    names, unusable = _names_of_spaces(config)
+    for name in names:
+        with ReferenceStore.open(config.store, name) as store:
+            done = prune(store, None if pairs is None else rows_of_pairs(pairs))
+            console.print(
+                f"{name[:8]} ({store.space.label}): {done.rows} rows kept, {done.removed_rows} removed; "
+                f"{done.bytes_before / 1e6:.1f} MB in {done.shards_before} shards before, {done.bytes / 1e6:.1f} MB in "
+                f"{done.shards} now",
+                soft_wrap=True,
+            )
+    for name, reason in unusable.items():
+        console.print(f"{name}: left alone. {reason}", soft_wrap=True)
+
+
+def _names_of_spaces(config: ScoreConfig) -> tuple[list[str], dict[str, str]]:
+    """(names of the spaces that are meant, folder → reason of those that cannot be used)."""
+    if config.space is not None:
+        with ReferenceStore.open(config.store, config.space) as store:
+            return [store.space.name], {}
+    found, unusable = read_spaces(Path(config.store))
+    return [space.name for space in found], unusable
