@@ -64,7 +64,7 @@ def _train(arguments: list[str]) -> int:
 
     from selective_pref_adapters.train_config import TrainConfig
 
-    flags = _with_config_file(arguments, known=[field.name for field in fields(TrainConfig)])
+    flags = _with_config_file(arguments, TrainConfig)
     config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
 
     from selective_pref_adapters.deepspeed_loop import (  # slow to import: after the flags are understood
@@ -90,7 +90,7 @@ def _score(arguments: list[str]) -> int:
 
     from selective_pref_adapters.score_config import ScoreConfig
 
-    flags = _with_config_file(arguments)
+    flags = _with_config_file(arguments, ScoreConfig)
     config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
 
     from selective_pref_adapters.score_command import score
@@ -112,8 +112,9 @@ def _demo(arguments: list[str]) -> int:
     return demo(arguments)
 
 
-def _with_config_file(arguments: list[str], known: Sequence[str]) -> list[str]:
-    """`--config FILE` replaced by the flags the file holds, put first."""
+def _with_config_file(arguments: list[str], config: type) -> list[str]:
+    """`--config FILE` replaced by the flags the file holds, put first; `config` is the dataclass that knows them."""
+    known = [field.name for field in fields(config)]
     flags: list[str] = []
     rest = iter(arguments)
     from_file: list[str] = []

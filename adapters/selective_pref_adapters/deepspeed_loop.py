@@ -696,15 +696,25 @@ def step_engine(engine: Any) -> float:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         own = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(own) and not hasattr(engine.optimizer, "overflow"):
-            engine.module.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient alone
-            engine.step()
+            engine.zero_grad()  # and what engine.step() does beside stepping
+            _next_rate(engine)
             engine.skipped_steps += 1
+            engine.global_steps += 1
+            engine.global_samples += engine.train_batch_size()
+            engine.micro_steps += 1
             return own
     engine.step()
     if engine.skipped_steps > skipped:
-        engine.lr_scheduler.step()
+        _next_rate(engine)
     norm = engine.get_global_grad_norm()  # None where DeepSpeed has no optimiser of its own around AdamW
     return own if norm is None else float(norm)
+
+
+def _next_rate(engine: Any) -> None:
+    """Moves the schedule on by a step that was skipped; torch suspects a mistake where that is the first one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        engine.lr_scheduler.step()
 
 
 def gathered_weights(engine: Any) -> dict[str, torch.Tensor]:
