@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,14 @@ def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
 def run_cli(arguments: list[str]) -> None:
     """The command line; its status becomes the process's."""
     sys.exit(main(arguments))
+
+
+def one_hangs(config: TrainConfig) -> None:
+    """The second process sleeps in a step; the first must give up by itself."""
+    started = time.monotonic()
+    if os.environ["RANK"] == "1":
+        loop.step_engine = lambda _: time.sleep(12) or os._exit(3)
+    try:
+        loop.train(config)
+    except RuntimeError:
+        os._exit(17 if time.monotonic() - started < 10 else 1)

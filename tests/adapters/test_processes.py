@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from plain_loop import LEARNING_RATE, plain_torch_run, training_pairs
-from ranks import everything, run_ranks
+from ranks import everything, one_hangs, run_ranks
 from selective_pref_adapters.deepspeed_loop import FILLER, evaluation_batches, make_order, share_of, train
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.train_config import TrainConfig
@@ -163,3 +169,31 @@ def test_held_out_pairs_are_dealt_out_evenly() -> None:
     dealt = [evaluation_batches(pairs, 3, rank, 2) for rank in (0, 1)]
     assert dealt == [[([0, 2, 4], 3), ([6], 1)], [([1, 3, 5], 3), ([FILLER], 0)]]
     assert evaluation_batches(pairs, 4, 0, 1) == [([0, 1, 2, 3], 4), ([4, 5, 6], 3)]
+
+
+@pytest.mark.slow
+def test_one_that_hangs_does_not_hold_the_others_for_ever(files: dict[str, Path]) -> None:
+    config = configured(files, "hanging", process_timeout_minutes=0.05, eval_fraction=0)
+    assert run_ranks(one_hangs, config) == [17, 3]
+
+
+@pytest.mark.slow
+def test_one_that_dies_takes_the_others_with_it_under_torchrun(files: dict[str, Path]) -> None:
+    config = configured(files, "dying", save_steps=1)
+    recipe = files["folder"] / "dying.yaml"
+    recipe.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    started = time.monotonic()
+    run = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("failing_rank.py")), "train", "--config", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    print(run.stderr)
+    assert run.returncode != 0
+    assert time.monotonic() - started < 120
+    assert "exitcode  : -9" in run.stderr
+    assert not (Path(config.output_dir) / "model.safetensors").exists()

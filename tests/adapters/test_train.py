@@ -555,7 +555,7 @@ def test_real_model_and_rows(shared: Path, tmp_path: Path, name: str) -> None:
         output_dir=str(tmp_path),
         max_steps=3,
         batch_size=2,
-        eval_fraction=0.02,
+        eval_fraction=0.004,
     )
     after = train(config).summary["after"]
     again = TrainConfig(**{**vars(config), "model": str(tmp_path), "output_dir": str(tmp_path / "again")})
