@@ -29,18 +29,15 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -72,17 +69,26 @@ from selective_pref_adapters.pairs import (
     tokenize_pairs,
 )
 from selective_pref_adapters.reference_cache import ReferenceStore
+from selective_pref_adapters.run_log import Metrics, RunLog, print_summary, write_whole
+from selective_pref_adapters.sampling import (
+    FILLER,
+    evaluation_batches,
+    first_pairs,
+    make_order,
+    number_of_steps,
+    pair_length,
+    pairs_per_step,
+    places,
+    share_of,
+)
 from selective_pref_adapters.scoring import model_identity
 from selective_pref_adapters.train_config import MAY_CHANGE_ON_RESUME, UNREAD, TrainConfig
 
-Metrics: TypeAlias = dict[str, float]
 Reference: TypeAlias = "torch.nn.Module | ReferenceStore"
 
 PAPER_MAX_LENGTH = 4096
 SKIPS_IN_A_ROW = 20
 """So many optimiser steps in a row without a finite gradient end a run that skips them."""
-FILLER = TokenizedPair(chosen_ids=[0, 0], rejected_ids=[0, 0], chosen_prompt_length=2, rejected_prompt_length=2)
-"""A pair without a completion: it takes part in every pass and counts for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +196,7 @@ def train(config: TrainConfig) -> TrainResult:
         save_checkpoint(engine, output_dir / "checkpoints", progress, identity, config.keep_checkpoints)
 
     progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint, identity)
-    with RunLog(output_dir, config, identity, progress.step, writes=rank == 0) as log, StopRequest() as stop:
+    with StopRequest() as stop, RunLog(output_dir, config, identity, progress.step, writes=rank == 0) as log:
         if checkpoint is None:
             progress.first_evaluation = progress.last_evaluation = evaluate()
             log.write(0, 0.0, progress.first_evaluation)
@@ -453,121 +459,6 @@ def check_pairs(pairs: Sequence[TokenizedPair], policy: torch.nn.Module, *refere
                 f"token id {highest} is outside the {name}'s vocabulary of {model.config.vocab_size}: tokenizer and "
                 "model do not belong together"
             )
-
-
-# --- which pairs, when, and where ------------------------------------------------------------------------------------
-
-
-def pairs_per_step(config: TrainConfig, world_size: int) -> int:
-    """Pairs of one optimiser step over all processes.
-
-    Raises:
-        ValueError: `global_batch_size` is given and cannot be divided into whole batches of every process.
-    """
-    at_once = config.batch_size * world_size
-    if config.global_batch_size is None:
-        return at_once * config.gradient_accumulation_steps
-    if config.gradient_accumulation_steps != 1:
-        raise ValueError("global_batch_size decides gradient_accumulation_steps: give one of them")
-    if config.global_batch_size < 1 or config.global_batch_size % at_once:
-        fits = max(1, round(config.global_batch_size / at_once)) * at_once
-        raise ValueError(
-            f"global_batch_size {config.global_batch_size} is no multiple of {at_once} (batch_size {config.batch_size} "
-            f"× {world_size} processes): the nearest that fits is {fits}"
-        )
-    return config.global_batch_size
-
-
-def number_of_steps(config: TrainConfig, pairs: int, per_step: int) -> int:
-    """Optimiser steps of the run; what is left of the last epoch and fills no whole step is dropped."""
-    if config.max_steps is not None:
-        return config.max_steps
-    steps = math.floor(pairs * config.epochs / per_step)
-    if steps < 1:
-        raise ValueError(
-            f"too few pairs: {pairs} × {config.epochs:g} epochs fill no step of {per_step} pairs (batch_size "
-            f"{config.batch_size} × processes × accumulation)"
-        )
-    return steps
-
-
-def make_order(lengths: Sequence[int], per_step: int, seed: int, by_length: bool = False) -> Callable[[int], list[int]]:
-    """Step number (from 1) → the indices of its pairs: epoch after epoch, each in its own order, no gap between them.
-
-    A function of step and seed alone, so that a resumed run goes on where it was. With `by_length`, an epoch's order
-    is sorted in stretches of 50 steps, and the steps of the epoch are shuffled: the pairs of a step, and what
-    processes hold at the same time, are then of like length.
-    """
-    count = len(lengths)
-
-    @lru_cache(maxsize=2)
-    def epoch_order(epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(epoch):
-            torch.randperm(count, generator=generator)
-        order = torch.randperm(count, generator=generator).tolist()
-        if not by_length:
-            return order
-        first = -epoch * count % per_step  # what the last step of the epoch before still takes
-        whole = (count - first) // per_step * per_step
-        middle = [
-            index
-            for start in range(first, first + whole, 50 * per_step)
-            for index in sorted(order[start : min(start + 50 * per_step, first + whole)], key=lambda i: -lengths[i])
-        ]
-        steps = [middle[start : start + per_step] for start in range(0, whole, per_step)]
-        shuffled = [steps[i] for i in torch.randperm(len(steps), generator=torch.Generator().manual_seed(epoch))]
-        return [*order[:first], *(index for step in shuffled for index in step), *order[first + whole :]]
-
-    def order_of(step: int) -> list[int]:
-        places = range((step - 1) * per_step, step * per_step)
-        return [epoch_order(place // count)[place % count] for place in places]
-
-    return order_of
-
-
-def share_of(
-    pairs: Sequence[TokenizedPair], indices: Sequence[int], size: int, rank: int, world_size: int
-) -> list[list[TokenizedPair]]:
-    """This process's batches of a step: neighbours of the order go to different processes at the same time.
-
-    Which pairs make a step does not depend on the number of processes, as long as their global batch is the same.
-    """
-    starts = range(rank * size, len(indices), size * world_size)
-    return [[pairs[index] for index in indices[start : start + size]] for start in starts]
-
-
-def evaluation_batches(
-    pairs: Sequence[TokenizedPair], size: int, rank: int, world_size: int
-) -> list[tuple[list[TokenizedPair], int]]:
-    """This process's held-out pairs in batches, each with the number of pairs that count.
-
-    All processes get equally many batches of equally many pairs, where necessary with a FILLER at the end: sharded
-    weights are gathered by all of them together.
-    """
-    own = list(pairs[rank::world_size])
-    rows = math.ceil(len(pairs) / world_size)
-    filled = [*own, *[FILLER] * (rows - len(own))]
-    starts = range(0, rows, size)
-    return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]
-
-
-def first_pairs(stacked: torch.Tensor, count: int | None) -> torch.Tensor:
-    """The rows of the first `count` pairs of a stacked tensor [2B …], chosen rows first; all of them for None."""
-    pairs = stacked.shape[0] // 2
-    if count is None or count == pairs:
-        return stacked
-    return torch.cat([stacked[:count], stacked[pairs : pairs + count]])
-
-
-def pair_length(pair: TokenizedPair) -> int:
-    """Tokens of the longer side."""
-    return max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-
-def places(pairs: Sequence[TokenizedPair]) -> list[str]:
-    """Where each pair came from."""
-    return [pair.place for pair in pairs]
 
 
 # --- DeepSpeed -------------------------------------------------------------------------------------------------------
@@ -1041,95 +932,3 @@ def postfix(progress: Progress, skipped_steps: int) -> dict[str, str]:
     values = {short: f"{float(last[name]):.4g}" for short, name in shown.items() if name in last}
     skipped = {"skipped_batches": progress.skipped_batches, "skipped_steps": skipped_steps}
     return values | {name: str(count) for name, count in skipped.items() if count}
-
-
-class RunLog:
-    """`metrics.jsonl` (a line per event, flushed), TensorBoard events, a tracker, `config.yaml` and `run.json`.
-
-    A resumed run keeps the lines up to its checkpoint and drops what came after it. `lines` is the same on every
-    process; only the one that `writes` touches the disk.
-    """
-
-    def __init__(self, folder: Path, config: TrainConfig, identity: dict[str, Any], step: int, *, writes: bool) -> None:
-        self.lines = _lines_until(folder / "metrics.jsonl", step) if config.resume is not None else []
-        self._file = self._board = self._tracker = None
-        dist.barrier()  # all have read, and found the folder as they expect it
-        if not writes:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.sweep(folder / "checkpoints")
-        write_whole(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-        write_whole(folder / "run.json", json.dumps(identity, indent=1) + "\n")
-        write_whole(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        if config.tracker != "none":  # both know the same three calls
-            self._tracker = importlib.import_module(config.tracker)
-            self._tracker.init(project="selective-pref", name=folder.name, config=dataclasses.asdict(config))
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
-        if self._tracker is not None:
-            self._tracker.finish()
-
-    def write(self, step: int, epoch: float, metrics: Metrics) -> None:
-        """Adds one line; nothing where there are no metrics."""
-        if not metrics:
-            return
-        self.lines.append({"step": step, "epoch": round(epoch, 6), **metrics})
-        if self._file is None or self._board is None:
-            return
-        self._file.write(json.dumps(self.lines[-1]) + "\n")
-        self._file.flush()
-        named = {name.replace("eval_", "eval/", 1): value for name, value in metrics.items()}
-        for name, value in named.items():
-            self._board.add_scalar(name, value, step)
-        if self._tracker is not None:
-            self._tracker.log(named, step=step)
-
-
-def _lines_until(path: Path, step: int) -> list[Metrics]:
-    """The lines of a log up to a step; a last line that a kill cut short is none."""
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    lines: list[Metrics] = [json.loads(line) for line in whole]
-    return [line for line in lines if line["step"] <= step] if step else []
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def print_summary(console: Console, config: TrainConfig, output_dir: Path, summary: dict[str, Any]) -> None:
-    """The evaluation before and after, side by side."""
-    before, after = summary["before"], summary["after"]
-    sizes = f"{summary['steps']} steps, {summary['train_pairs']} pairs, {summary['eval_pairs']} held out"
-    table = Table(title=f"{config.objective}: {sizes}")
-    for column in ("held-out", "before", "after"):
-        table.add_column(column, justify="left" if column == "held-out" else "right")
-    for name in after:
-        table.add_row(name.removeprefix("eval_"), f"{before[name]:.5g}", f"{after[name]:.5g}")
-    if after:
-        console.print(table)
-    if config.objective == "selective_dpo" and after.get("eval_selection/rewards/margins", 0.0) < 0:
-        console.print(
-            "The selected margin is below 0: selection takes the tokens that most need the update, so that is normal. "
-            "Judge the run by whether rewards/margins and rewards/accuracies rise; beside a stronger reference they "
-            "start low too.",
-            soft_wrap=True,
-        )
-    if summary["skipped_batches"] or summary["skipped_steps"]:
-        console.print(
-            f"not finite, and left out: {summary['skipped_batches']} batches, {summary['skipped_steps']} steps",
-            soft_wrap=True,
-        )
-    console.print(f"model and logs: {output_dir}")

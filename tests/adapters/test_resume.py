@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -119,7 +120,6 @@ def test_sigterm_saves_and_ends_with_status_0(configure: Configure, uninterrupte
     end = time.monotonic() + PATIENCE
     while not (Path(config.output_dir) / "metrics.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.001)
-    time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     process.join(PATIENCE)
     assert process.exitcode == 0
@@ -201,6 +201,20 @@ def test_a_run_that_changed_is_refused_with_the_difference_or_forced(
         train(configure("changed", resume=None))
     with pytest.raises(ValueError, match="no complete checkpoint"):
         train(configure("changed", resume=str(tmp_path)))
+
+
+def test_two_runs_do_not_write_to_one_folder(configure: Configure) -> None:
+    """A launcher that was killed may have left its processes alive."""
+    config = configure("shared")
+    stop_at(3)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    other = os.open(config.output_dir, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(OSError, match="another run is writing to"):
+        train(config)
+    os.close(other)
+    assert train(config).stopped_at is None
 
 
 def test_random_states_come_back() -> None:

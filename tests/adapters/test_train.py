@@ -20,10 +20,11 @@ from plain_loop import plain_torch_run, training_pairs
 from ranks import step_engine_of_the_loop, stop_at
 from selective_pref import NonFiniteError
 from selective_pref_adapters import deepspeed_loop
-from selective_pref_adapters.deepspeed_loop import make_order, number_of_steps, pairs_per_step, share_of, train
+from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_cache import ReferenceStore
+from selective_pref_adapters.sampling import make_order, number_of_steps, pairs_per_step, share_of
 from selective_pref_adapters.scoring import fill_store, reference_space
 from selective_pref_adapters.train_config import TrainConfig
 from tiny import WORDS, make_model, text_rows, write_jsonl
