@@ -195,8 +195,9 @@ def train(config: TrainConfig) -> TrainResult:
     def save() -> None:
         save_checkpoint(engine, output_dir / "checkpoints", progress, identity, config.keep_checkpoints)
 
-    progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint, identity)
-    with StopRequest() as stop, RunLog(output_dir, config, identity, progress.step, writes=rank == 0) as log:
+    progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
+    resumed_at = None if checkpoint is None else progress.step
+    with StopRequest() as stop, RunLog(output_dir, config, identity, resumed_at, writes=rank == 0) as log:
         if checkpoint is None:
             progress.first_evaluation = progress.last_evaluation = evaluate()
             log.write(0, 0.0, progress.first_evaluation)
@@ -801,7 +802,7 @@ def save_checkpoint(engine: Any, folder: Path, progress: Progress, identity: dic
         ) from error
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> Progress:
+def load_checkpoint(engine: Any, checkpoint: Path) -> Progress:
     """Puts model, optimiser, scheduler and random states where the checkpoint had them; returns its progress."""
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
     if loaded is None:

@@ -28,12 +28,14 @@ Metrics: TypeAlias = dict[str, float]
 class RunLog:
     """`metrics.jsonl` (a line per event, flushed), TensorBoard events, a tracker, `config.yaml` and `run.json`.
 
-    A resumed run keeps the lines up to its checkpoint and drops what came after it. `lines` is the same on every
+    A run that is resumed at `step` keeps the lines up to it and drops what came after it; None starts anew. `lines` is the same on every
     process; only the one that `writes` touches the disk.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, identity: dict[str, Any], step: int, *, writes: bool) -> None:
-        self.lines = _lines_until(folder / "metrics.jsonl", step) if config.resume is not None else []
+    def __init__(
+        self, folder: Path, config: TrainConfig, identity: dict[str, Any], step: int | None, *, writes: bool
+    ) -> None:
+        self.lines = [] if step is None else _lines_until(folder / "metrics.jsonl", step)
         self._file = self._board = self._tracker = None
         self._lock = -1
         dist.barrier()  # all have read, and found the folder as they expect it
@@ -46,7 +48,7 @@ class RunLog:
         write_whole(folder / "run.json", json.dumps(identity, indent=1) + "\n")
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1)
         if config.tracker != "none":  # both know the same three calls
             self._tracker = importlib.import_module(config.tracker)
             self._tracker.init(project="selective-pref", name=folder.name, config=dataclasses.asdict(config))
@@ -99,7 +101,7 @@ def _lines_until(path: Path, step: int) -> list[Metrics]:
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     lines: list[Metrics] = [json.loads(line) for line in whole]
-    return [line for line in lines if line["step"] <= step] if step else []
+    return [line for line in lines if line["step"] <= step]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -138,6 +138,8 @@ def default(name: str) -> Any:
 
 def test_a_stop_within_a_step_does_that_step_again(configure: Configure, uninterrupted: TrainResult) -> None:
     config = configure("within", save_steps=None)
+    stop_at(1)
+    assert train(config).stopped_at == 0
     stop_at(2 * 6 + 1)  # two batches a step: the first of step 7
     assert train(config).stopped_at == 6
     stop_at(2)
