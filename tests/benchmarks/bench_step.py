@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -221,6 +220,12 @@ def prepare(folder: Path, method: str, size: str, clock: Clock) -> Callable[[], 
     return ours(folder, size, pairs, clock, stored=method == "ours, store")
 
 
+def resident(name: str) -> float:
+    """MiB of this process now (VmRSS) or at most so far (VmHWM); getrusage would count the parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
 def peak(folder: Path, method: str, size: str) -> None:
     """Prints the MiB that two steps needed at most, above the process before it loaded anything."""
     if method == "TRL":
@@ -228,12 +233,11 @@ def peak(folder: Path, method: str, size: str) -> None:
     from selective_pref_adapters import deepspeed_loop  # noqa: F401
 
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     step = prepare(folder, method, size, Clock())
     for _ in range(2):
         step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    used = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else (after - before) / 1024
+    used = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident("VmHWM") - before
     print(json.dumps({"peak": used}))
 
 
