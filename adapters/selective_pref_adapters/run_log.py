@@ -28,8 +28,8 @@ Metrics: TypeAlias = dict[str, float]
 class RunLog:
     """`metrics.jsonl` (a line per event, flushed), TensorBoard events, a tracker, `config.yaml` and `run.json`.
 
-    A run that is resumed at `step` keeps the lines up to it and drops what came after it; None starts anew. `lines` is the same on every
-    process; only the one that `writes` touches the disk.
+    A run that is resumed at `step` keeps the lines up to it and drops what came after it; None starts anew. `lines` is
+    the same on every process; only the one that `writes` touches the disk.
     """
 
     def __init__(
