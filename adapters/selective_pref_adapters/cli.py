@@ -5,9 +5,11 @@ A YAML file is read as flags that come first: same names, same types, same error
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +68,24 @@ def _train(arguments: list[str]) -> int:
 
     from selective_pref_adapters.train_config import TrainConfig
 
-    flags = _with_config_file(arguments)
+    flags = _with_config_file(arguments, TrainConfig)
     config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
 
-    from selective_pref_adapters.deepspeed_loop import train  # slow to import: after the flags are understood
+    from selective_pref_adapters.deepspeed_loop import (  # slow to import: after the flags are understood
+        leave_processes,
+        train,
+    )
 
     train(config)
+    leave_processes()
     return 0
 
 
 _TRAIN = """Train a policy on preference pairs and save it.
 
-`--config FILE.yaml` reads flags from a file (the names below with underscores); flags on the command line win.
+`--config FILE.yaml` reads flags from a file (the names below with underscores), `--config paper` and `--config smoke`
+from a recipe that is shipped; flags on the command line win. On several processes: torchrun --nproc_per_node 2 -m
+selective_pref_adapters.cli train ...
 """
 
 
@@ -93,7 +101,7 @@ def _score(arguments: list[str]) -> int:
 
     from selective_pref_adapters.score_config import ScoreConfig
 
-    flags = _with_config_file(arguments)
+    flags = _with_config_file(arguments, ScoreConfig)
     config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
 
     from selective_pref_adapters.score_command import score
@@ -115,32 +123,53 @@ def _demo(arguments: list[str]) -> int:
     return demo(arguments)
 
 
-def _with_config_file(arguments: list[str]) -> list[str]:
-    """`--config FILE` replaced by the flags the file holds, put first."""
+def _with_config_file(arguments: list[str], config: type) -> list[str]:
+    """`--config FILE` replaced by the flags the file holds, put first; `config` is the dataclass that knows them."""
+    known = [field.name for field in fields(config)]
     flags: list[str] = []
     rest = iter(arguments)
     from_file: list[str] = []
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(rest, "")
-            from_file += _flags_of_file(path)
+            from_file += _flags_of_file(path, known)
         else:
             flags.append(argument)
     return from_file + flags
 
 
-def _flags_of_file(path: str) -> list[str]:
+def _flags_of_file(path: str, known: Sequence[str]) -> list[str]:
     import yaml
 
     if not path:
-        raise ValueError("--config needs the name of a YAML file")
+        raise ValueError(f"--config needs the name of a YAML file, or of a recipe: {', '.join(recipes())}")
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        options = yaml.safe_load(_config_file(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold 'name: value' lines; got {type(options).__name__}")
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            meant = f": did you mean {near[0]!r}?" if near else f". Options are {', '.join(known)}"
+            raise ValueError(f"{path}: there is no option {name!r}{meant}")
     return [flag for name, value in options.items() for flag in _flag(str(name), value)]
+
+
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipes() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def _config_file(name: str) -> Path:
+    """A file of that name, else the shipped recipe of that name."""
+    if not Path(name).exists() and name in recipes():
+        return _RECIPES / f"{name}.yaml"
+    return Path(name)
 
 
 def _flag(name: str, value: Any) -> list[str]:

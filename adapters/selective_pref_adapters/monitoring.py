@@ -45,10 +45,20 @@ def mean_over_pairs(batches: Sequence[Mapping[str, Tensor]], pairs: Sequence[int
 
 def finite_everywhere(losses: Tensor) -> bool:
     """Whether every loss of every process is finite: the same answer on all of them, so that all may act alike."""
-    broken = (~torch.isfinite(losses.detach())).any().float()
+    return not anywhere((~torch.isfinite(losses.detach())).any(), losses.device)
+
+
+def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
+    """Whether `flag` is set on any process; every process must ask, and gets the same answer.
+
+    Args:
+        flag: of this process.
+        device: one that the process group can send from.
+    """
+    flags = torch.as_tensor(flag, dtype=torch.float32, device=device)
     if _distributed():
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-    return not bool(broken)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()) -> NonFiniteError:

@@ -23,9 +23,19 @@ class TrainConfig:
     pairs: str
     """Preference rows in TRL's formats: .jsonl, .json, .parquet or a folder written by Dataset.save_to_disk."""
     ref_model: str | None = None
-    """Reference: a folder or hub id of a model with the same tokenizer. Needed by selective_dpo and dpo."""
+    """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
+    reference_store: str | None = None
+    """Instead of ref_model: a folder of stored log-probs; no reference is loaded then."""
+    reference_space: str | None = None
+    """Which reference's log-probs to read, where reference_store holds those of several."""
+    scoring_ref_model: str | None = None
+    """A second reference that scores the tokens, while the first anchors the reward."""
+    scoring_reference_store: str | None = None
+    """Likewise, from a store."""
+    scoring_reference_space: str | None = None
+    """Which one of scoring_reference_store."""
     output_dir: str = "runs/train"
-    """Where everything is written; must be absent or empty."""
+    """Where everything is written; must be absent or empty, or a run to resume."""
     objective: ObjectiveName = "selective_dpo"
     """The loss. Distilled DPO is dpo with a stronger ref_model."""
     beta: float = 0.01
@@ -53,7 +63,7 @@ class TrainConfig:
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape after the warm-up."""
+    """Shape after the warm-up: to 0 at the last step, or constant."""
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -65,13 +75,31 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimiser steps; overrides epochs."""
     batch_size: int = 8
-    """Pairs of one forward pass."""
+    """Pairs of one forward pass of one process."""
     gradient_accumulation_steps: int = 1
     """Forward passes of one optimiser step."""
+    global_batch_size: int | None = None
+    """Pairs of one optimiser step over all processes; sets gradient_accumulation_steps by itself."""
+    group_by_length: bool = False
+    """Put pairs of like length into one step, so that less is padding; the order of the steps stays random."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_steps: int | None = None
     """Evaluate every so many steps; it is always done before the first and after the last."""
     logging_steps: int = 10
     """Write metrics every so many steps: means over them, with the last step's gradient norm."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Also send the metrics there; TensorBoard events are always written."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps; without it only when told to stop (SIGTERM)."""
+    keep_checkpoints: int = 2
+    """How many complete checkpoints to keep, the newest."""
+    resume: str | None = None
+    """"auto" goes on from the newest complete checkpoint in output_dir, if there is any; or name a checkpoint."""
+    force_resume: bool = False
+    """Resume although something that shapes the run has changed (it is listed)."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """At a loss or gradient that is NaN or infinite: stop, or leave the batch out on all processes and count it."""
     seed: int = 0
     """Order of the data, choice of held-out prompts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -80,6 +108,14 @@ class TrainConfig:
     """Compute log-probs without materialising the logits, wherever the model allows it."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed's ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in the memory of the host; from ZeRO stage 1 on."""
+    offload_parameters: bool = False
+    """Keep the sharded parameters there too, of policy and reference; ZeRO stage 3."""
+    deepspeed_config: str | None = None
+    """A JSON file of further DeepSpeed settings, such as bucket sizes; what the flags here decide is refused."""
+    process_timeout_minutes: float = 30.0
+    """How long processes wait for one another before the run ends with an error."""
 
 
 _SELECTION = ("selection_ratio", "selection_pool", "selection_ties")
@@ -90,3 +126,21 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "sft": ("beta", "gamma", "label_smoothing", *_SELECTION),
 }
 """Options of the loss that an objective has no use for: setting one is an error, not a shrug."""
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "pairs",  # what the files hold is compared instead
+        "eval_pairs",
+        "eval_steps",
+        "logging_steps",
+        "tracker",
+        "save_steps",
+        "keep_checkpoints",
+        "resume",
+        "force_resume",
+        "non_finite",
+        "process_timeout_minutes",
+    }
+)
+"""Options that leave the weights as they would have been; a change of any other is refused when a run is resumed."""

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import selective_pref_adapters
 from selective_pref_adapters.cli import main
+
+RECIPES = Path(selective_pref_adapters.__file__).parent / "recipes"
 
 
 def flags(policy: Path, reference: Path, pairs: Path, output: Path) -> list[str]:
@@ -58,11 +62,15 @@ def test_flags_win_over_the_file(
 def test_a_wrong_file_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\npairs: p\nselction_ratio: 0.4\n")
-    with pytest.raises(SystemExit):
-        main(["train", "--config", str(recipe)])
-    shown = capsys.readouterr().err
-    assert "selction" in shown
-    assert "--selection-ratio" in shown
+    assert main(["train", "--config", str(recipe)]) == 1
+    assert (
+        "recipe.yaml: there is no option 'selction_ratio': did you mean 'selection_ratio'?" in capsys.readouterr().err
+    )
+    recipe.write_text("xyz: 1\n")
+    assert main(["train", "--config", str(recipe)]) == 1
+    assert "there is no option 'xyz'. Options are model, pairs," in capsys.readouterr().err
+    assert main(["train", "--config"]) == 1
+    assert "the name of a YAML file, or of a recipe: paper, smoke" in capsys.readouterr().err
     recipe.write_text("- a\n- b\n")
     assert main(["train", "--config", str(recipe)]) == 1
     assert "name: value" in capsys.readouterr().err
@@ -80,6 +88,34 @@ def test_an_error_in_the_input_is_one_line_and_status_1(
     error = capsys.readouterr().err
     assert "selective-pref train: no preference pairs at" in error
     assert "Traceback" not in error
+
+
+def test_the_shipped_recipes(
+    policy_folder: Path, reference_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`smoke` runs; `paper` is the paper's setting, and the same in large."""
+    small, large = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("smoke", "paper"))
+    stated = {
+        "objective": "selective_dpo",
+        "beta": 0.01,
+        "selection_ratio": 0.4,
+        "epochs": 2,
+        "global_batch_size": 1280,
+        "batch_size": 1,
+        "max_length": 4096,
+        "dtype": "bfloat16",
+        "zero_stage": 3,
+    }
+    assert stated.items() <= large.items()
+    assert set(small) ^ set(large) == {"epochs", "max_steps"}
+    monkeypatch.chdir(tmp_path)
+    arguments = flags(policy_folder, reference_folder, pairs_file, tmp_path / "out")
+    assert main(["train", "--config", "smoke", *arguments]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 4
+    assert len(list((tmp_path / "out" / "checkpoints").glob("step-*"))) == 2
+    (tmp_path / "smoke").write_text("beta: x\n")  # a file of one's own of that name comes first
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "smoke", *arguments])
 
 
 def test_the_adapters_package_imports_no_framework() -> None:

@@ -1,0 +1,114 @@
+"""Checkpoint folders that are there whole or not at all.
+
+In: a folder of checkpoints and a step number. Out: `step-00000012/`, which got its marker and its name last.
+
+    begin → (anyone writes into the folder) → publish → newest_complete
+
+What is written goes into a folder with a leading dot. `publish` makes it durable, adds a marker that lists every file
+with its size, renames it, and only then removes older ones. A kill at any moment leaves either the checkpoint or a
+folder that nobody takes for one. Meant for one writer: under several processes, the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+MARKER = "COMPLETE.json"
+_NAME = "step-{:08d}"
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; what an earlier attempt left there is removed."""
+    aside = _aside(folder, step)
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Removes what was begun, whatever of it is there."""
+    shutil.rmtree(_aside(folder, step), ignore_errors=True)
+
+
+def publish(folder: Path, step: int, keep: int) -> Path:
+    """Turns what was begun into the checkpoint of `step`, then removes all but the newest `keep` complete ones.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        OSError: something could not be written; earlier checkpoints are as they were.
+    """
+    aside, final = _aside(folder, step), folder / _NAME.format(step)
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    marker = {"step": step, "files": {str(path.relative_to(aside)): path.stat().st_size for path in files}}
+    (aside / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+    _sync(aside / MARKER)
+    _sync(aside)
+    if final.exists():  # damaged, or newest_complete would have led past it
+        _remove(final)
+    aside.rename(final)
+    _sync(folder)
+    for old in complete(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return [path for path in sorted(folder.glob("step-*")) if is_complete(path)]
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    return max(complete(folder), default=None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the marker is there and every file that it lists has the size it lists."""
+    try:
+        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+        return False
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == files[name] for name in files)
+
+
+def incomplete(folder: Path) -> list[Path]:
+    """What stands in a folder of checkpoints and is no complete one: half written, half removed, or damaged."""
+    return [path for path in sorted(folder.glob("*step-*")) if not is_complete(path) or path.name.startswith(".")]
+
+
+def sweep(folder: Path) -> None:
+    """Removes what kills left behind: folders that were begun, and folders whose marker is already gone."""
+    for path in incomplete(folder):
+        if path.name.startswith(".") or not (path / MARKER).exists():
+            shutil.rmtree(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a complete checkpoint."""
+    return int(json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["step"])
+
+
+def _aside(folder: Path, step: int) -> Path:
+    return folder / f".{_NAME.format(step)}"
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
+    shutil.rmtree(checkpoint)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

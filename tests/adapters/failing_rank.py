@@ -1,0 +1,28 @@
+"""What a launcher starts: `selective-pref train`, whose second process dies in its second step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from selective_pref_adapters import deepspeed_loop
+from selective_pref_adapters.cli import main
+
+step_engine = deepspeed_loop.step_engine
+calls = 0
+
+
+def dying(engine: Any) -> float:
+    """Like an out-of-memory killer: no exception, no good-bye."""
+    global calls
+    calls += 1
+    if calls == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_engine(engine)
+
+
+if __name__ == "__main__":
+    deepspeed_loop.step_engine = dying
+    sys.exit(main(sys.argv[1:]))

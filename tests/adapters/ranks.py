@@ -1,0 +1,134 @@
+"""Functions that run in processes of their own, forked from a server that has imported everything once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selective_pref_adapters import deepspeed_loop as loop
+from selective_pref_adapters.cli import main
+from selective_pref_adapters.train_config import TrainConfig
+
+PATIENCE = 150  # seconds after which a run counts as hanging
+
+
+def server() -> Any:
+    """The start method that forks from a server with everything imported: a second a process, not ten."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selective_pref_adapters.deepspeed_loop"])  # silent where it fails
+    return context
+
+
+def start(function: Callable[..., None], *arguments: Any) -> Any:
+    """A process that runs `function`; the caller joins it."""
+    process = server().Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def run_ranks(function: Callable[..., None], *arguments: Any, world_size: int = 2) -> list[int]:
+    """Exit codes of `world_size` processes that run `function(*arguments)` as a launcher would start them.
+
+    The watchdog: whoever is left after PATIENCE is killed, and its exit code says so.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(_as_rank, rank, world_size, port, function, arguments) for rank in range(world_size)]
+    for process in processes:
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _as_rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def train_all(configs: list[TrainConfig]) -> None:
+    """One run after the other."""
+    for config in configs:
+        loop.train(config)
+
+
+def train_with_empty_rank(config: TrainConfig) -> None:
+    """The second process holds pairs without completions only."""
+    whole = loop.share_of
+
+    def share_of(*arguments: Any) -> Any:
+        batches = whole(*arguments)
+        return [[loop.FILLER] * len(batch) for batch in batches] if os.environ["RANK"] == "1" else batches
+
+    loop.share_of = share_of
+    try:
+        loop.train(config)
+    finally:
+        loop.share_of = whole
+
+
+def stop_at(call: int, rank: str = "0") -> None:
+    """From now on, the process of that rank gets SIGTERM at the given call of `step_engine`, within the step."""
+    calls = [0]
+    whole = step_engine_of_the_loop
+
+    def step_engine(engine: Any) -> float:
+        calls[0] += 1
+        if calls[0] == call and os.environ.get("RANK", "0") == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(engine)
+
+    loop.step_engine = step_engine
+
+
+step_engine_of_the_loop = loop.step_engine
+
+
+def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
+    """All that two processes are asked to do; results go to `folder`, one file a process."""
+    seen: dict[str, Any] = {}
+    for name, config in configs.items():
+        if name == "empty rank":
+            train_with_empty_rank(config)
+            continue
+        if name == "stopped":
+            stop_at(3, rank="1")
+        result = loop.train(config)
+        loop.step_engine = step_engine_of_the_loop
+        seen[name] = {"metrics": result.metrics, "summary": result.summary, "stopped_at": result.stopped_at}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def run_cli(arguments: list[str]) -> None:
+    """The command line; its status becomes the process's."""
+    sys.exit(main(arguments))
+
+
+def one_hangs(config: TrainConfig) -> None:
+    """The second process sleeps in a step; the first must give up by itself."""
+    started = time.monotonic()
+    if os.environ["RANK"] == "1":
+        loop.step_engine = lambda _: time.sleep(12) or os._exit(3)
+    try:
+        loop.train(config)
+    except RuntimeError:
+        os._exit(17 if time.monotonic() - started < 10 else 1)

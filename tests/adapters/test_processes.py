@@ -1,0 +1,200 @@
+"""Two processes: what they compute is what one computes, whatever each of them holds; and they end together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from plain_loop import LEARNING_RATE, plain_torch_run, training_pairs
+from ranks import everything, one_hangs, run_ranks
+from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.sampling import FILLER, evaluation_batches, make_order, share_of
+from selective_pref_adapters.train_config import TrainConfig
+from tiny import make_model, text_rows, write_jsonl
+
+Step = list[list[TokenizedPair]]
+LOSS_TOLERANCE = 1e-6  # relative, of a float32 loss: measured below 2e-7
+WEIGHT_TOLERANCE = 2e-4  # absolute, after steps of 1e-2: Adam magnifies the last bits of small gradients
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("two")
+    broken = make_model(folder / "broken", seed=2, hidden_size=24, intermediate_size=16)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][-1] = math.nan  # the last word only
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = folder / "deepspeed.json"  # DeepSpeed leaves small parameters whole: nothing here would be sharded
+    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    rows = json.loads(json.dumps(text_rows(35)).replace("w23", "w22"))
+    for number in (3, 24):  # two rows that the broken reference cannot read
+        rows[number]["chosen"] += " w23"
+    return {
+        "folder": folder,
+        "broken pairs": write_jsonl(folder / "broken.jsonl", rows),
+        "policy": make_model(folder / "policy", seed=1, tie_word_embeddings=True),
+        "reference": make_model(folder / "reference", seed=2, hidden_size=24, intermediate_size=16),
+        "broken": broken,
+        "pairs": write_jsonl(folder / "pairs.jsonl", text_rows(35)),  # 7 a prompt: an odd number is held out
+        "settings": settings,
+    }
+
+
+def configured(files: dict[str, Path], name: str, **options: Any) -> TrainConfig:
+    settings = {
+        "model": str(files["policy"]),
+        "ref_model": str(files["reference"]),
+        "pairs": str(files["pairs"]),
+        "output_dir": str(files["folder"] / name.replace(" ", "-")),
+        "batch_size": 2,
+        "global_batch_size": 8,
+        "learning_rate": LEARNING_RATE,
+        "logging_steps": 1,
+        "eval_fraction": 0.2,
+        "max_steps": 4,
+        "process_timeout_minutes": 1.0,
+    }
+    return TrainConfig(**{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def two(files: dict[str, Path]) -> dict[str, Any]:
+    """Everything that two processes do, once: {name: {metrics, summary, stopped_at}} as the first process has it."""
+    sharded = {"zero_stage": 3, "deepspeed_config": str(files["settings"])}
+    resumable = {**sharded, "resume": "auto", "save_steps": 1}
+    configs = {
+        **{f"stage {stage}": configured(files, f"stage {stage}", zero_stage=stage) for stage in (0, 1, 2)},
+        "stage 3": configured(files, "stage 3", **sharded),
+        "empty rank": configured(files, "empty rank", **sharded),
+        "not finite": configured(
+            files,
+            "not finite",
+            ref_model=str(files["broken"]),
+            pairs=str(files["broken pairs"]),
+            non_finite="skip",
+            **sharded,
+        ),
+        "stopped": configured(files, "resumed", **resumable),
+        "resumed": configured(files, "resumed", **resumable),
+    }
+    assert run_ranks(everything, files["folder"], configs) == [0, 0]
+    first, second = (json.loads((files["folder"] / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert json.dumps(first) == json.dumps(second)  # metrics and decisions, on both processes
+    return first
+
+
+def steps_of(files: dict[str, Path], pairs: str = "pairs") -> list[Step]:
+    """The four batches of every step: two of the first process, two of the second."""
+    some = training_pairs(files["policy"], files[pairs])
+    order = make_order([1] * len(some), 8, 0)
+    shares = [[share_of(some, order(step), 2, rank, 2) for rank in (0, 1)] for step in range(1, 5)]
+    return [[*first, *second] for first, second in shares]
+
+
+def losses(run: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in run["metrics"] if "loss" in line]
+
+
+def check(files: dict[str, Path], name: str, run: dict[str, Any] | None, expected: tuple[dict[str, Any], Any]) -> None:
+    weights, expected_losses = expected
+    got = load_file(files["folder"] / name.replace(" ", "-") / "model.safetensors")
+    for key, parameter in got.items():
+        torch.testing.assert_close(parameter, weights[key], rtol=0, atol=WEIGHT_TOLERANCE, msg=f"{name} {key}")
+    lines = (files["folder"] / name.replace(" ", "-") / "metrics.jsonl").read_text().splitlines()
+    assert losses(run or {"metrics": map(json.loads, lines)}) == pytest.approx(expected_losses, rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(files: dict[str, Path], two: dict[str, Any]) -> None:
+    """At every stage, with rows of unequal length; held-out pairs that do not divide evenly included."""
+    expected = plain_torch_run(files["policy"], files["reference"], steps_of(files))
+    alone = train(configured(files, "alone"))
+    for stage in range(4):
+        name = f"stage {stage}"
+        check(files, name, two[name], expected)
+        assert two[name]["summary"]["eval_pairs"] == 7
+        for when in ("before", "after"):
+            theirs = two[name]["summary"][when]
+            assert theirs == pytest.approx(alone.summary[when], rel=1e-4, abs=1e-5), name
+        assert [line["grad_norm"] for line in two[name]["metrics"] if "loss" in line] == pytest.approx(
+            [line["grad_norm"] for line in alone.metrics if "loss" in line], rel=1e-4
+        )
+    assert not (files["folder"] / "stage-3" / ".saving").exists()
+
+
+@pytest.mark.slow
+def test_a_process_without_a_completion_takes_part(files: dict[str, Path], two: dict[str, Any]) -> None:
+    halves = [[*step[:2], [FILLER] * 2, [FILLER] * 2] for step in steps_of(files)]
+    check(files, "empty rank", None, plain_torch_run(files["policy"], files["reference"], halves))
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_finite_is_left_out_on_both(files: dict[str, Path], two: dict[str, Any]) -> None:
+    def both(step: Step) -> Step:
+        """A batch of one process and the batch of the other at the same time are left out together."""
+        return [step[0] + step[2], step[1] + step[3]]
+
+    steps = [both(step) for step in steps_of(files, "broken pairs")]
+    expected = plain_torch_run(files["policy"], files["broken"], steps, leave_out=True)
+    check(files, "not finite", two["not finite"], expected)
+    skipped = two["not finite"]["summary"]["skipped_batches"]
+    assert skipped == 2
+    assert [line["skipped_batches"] for line in two["not finite"]["metrics"] if "loss" in line][-1] == skipped
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_both_and_they_go_on_bit_by_bit(files: dict[str, Path], two: dict[str, Any]) -> None:
+    assert two["stopped"]["stopped_at"] == 1  # the third batch is the first of step 2, which is not finished
+    assert two["resumed"]["metrics"] == two["stage 3"]["metrics"]
+    one, other = (load_file(files["folder"] / name / "model.safetensors") for name in ("stage-3", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match=r"belongs to another run: .*processes was 2, is now 1"):
+        train(configured(files, "resumed", zero_stage=3, deepspeed_config=str(files["settings"]), resume="auto"))
+
+
+def test_held_out_pairs_are_dealt_out_evenly() -> None:
+    pairs: list[Any] = list(range(7))
+    dealt = [evaluation_batches(pairs, 3, rank, 2) for rank in (0, 1)]
+    assert dealt == [[([0, 2, 4], 3), ([6], 1)], [([1, 3, 5], 3), ([FILLER], 0)]]
+    assert evaluation_batches(pairs, 4, 0, 1) == [([0, 1, 2, 3], 4), ([4, 5, 6], 3)]
+
+
+@pytest.mark.slow
+def test_one_that_hangs_does_not_hold_the_others_for_ever(files: dict[str, Path]) -> None:
+    config = configured(files, "hanging", process_timeout_minutes=0.05, eval_fraction=0)
+    assert run_ranks(one_hangs, config) == [17, 3]
+
+
+@pytest.mark.slow
+def test_one_that_dies_takes_the_others_with_it_under_torchrun(files: dict[str, Path]) -> None:
+    config = configured(files, "dying", save_steps=1)
+    recipe = files["folder"] / "dying.yaml"
+    recipe.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    started = time.monotonic()
+    run = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("failing_rank.py")), "train", "--config", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    print(run.stderr)
+    assert run.returncode != 0
+    assert time.monotonic() - started < 120
+    assert "exitcode  : -9" in run.stderr
+    assert not (Path(config.output_dir) / "model.safetensors").exists()

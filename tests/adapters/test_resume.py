@@ -1,0 +1,263 @@
+"""A run that is killed, stopped, or out of disk goes on where it was: the same weights, bit by bit, the same log."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ranks import PATIENCE, run_cli, start, step_engine_of_the_loop, stop_at, train_all
+from selective_pref_adapters import checkpoints
+from selective_pref_adapters import deepspeed_loop as loop
+from selective_pref_adapters.cli import main
+from selective_pref_adapters.deepspeed_loop import TrainResult, train
+from selective_pref_adapters.train_config import TrainConfig
+from tiny import make_model, text_rows, write_jsonl
+
+Configure = Callable[..., TrainConfig]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Configure:
+    folder = tmp_path_factory.mktemp("resume")
+    settings = {
+        "model": str(make_model(folder / "policy", seed=1)),
+        "ref_model": str(make_model(folder / "reference", seed=2, hidden_size=24, intermediate_size=16)),
+        "pairs": str(write_jsonl(folder / "pairs.jsonl", text_rows(40))),
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "lr_schedule": "cosine",
+        "logging_steps": 5,  # lines of the log reach over checkpoints
+        "eval_steps": 4,
+        "save_steps": 1,
+        "eval_fraction": 0.2,
+        "resume": "auto",
+    }
+    return lambda name, **options: TrainConfig(**{**settings, "output_dir": str(folder / name), **options})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(configure: Configure) -> TrainResult:
+    return train(configure("uninterrupted"))
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Any:
+    yield
+    loop.step_engine = step_engine_of_the_loop
+
+
+def check_equal(config: TrainConfig, expected: TrainResult) -> None:
+    """Weights, log and summary of a run that came to its end are those of the run that nothing disturbed."""
+    folder = Path(config.output_dir)
+    one, other = load_file(folder / "model.safetensors"), load_file(expected.output_dir / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("metrics.jsonl", "summary.json"):
+        assert (folder / name).read_text() == (expected.output_dir / name).read_text()
+    kept = checkpoints.complete(folder / "checkpoints")
+    assert [checkpoints.step_of(path) for path in kept] == [STEPS - 1, STEPS]
+    assert not checkpoints.incomplete(folder / "checkpoints")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment(configure: Configure, uninterrupted: TrainResult) -> None:
+    """While it steps, while it writes a checkpoint, while it writes the model."""
+    config = configure("killed")
+    folder = Path(config.output_dir)
+    written = folder / "checkpoints"
+    pick = random.Random(0)
+
+    def newest() -> str:
+        return max((path.name for path in written.glob("step-*")), default="")
+
+    moments: dict[str, Callable[[], bool]] = {
+        "before a checkpoint": lambda: (folder / "metrics.jsonl").exists(),
+        "stepping": lambda: newest() != before,
+        "writing": lambda: newest() != before and any(written.glob(".step-*")),
+        "writing again": lambda: newest() != before and any(written.glob(".step-*")),
+        "stepping again": lambda: newest() != before,
+        "writing the model": lambda: (folder / ".saving").exists(),
+    }
+    killed = 0
+    for name, reached in moments.items():
+        before = newest()
+        process = start(train_all, [config])
+        end = time.monotonic() + PATIENCE
+        while process.is_alive() and not reached() and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(pick.uniform(0, 0.02 if "stepping" in name else 0.002))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 4  # the last ones may come too late, when the run is over
+    train(config)
+    check_equal(config, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_with_status_0(configure: Configure, uninterrupted: TrainResult) -> None:
+    config = configure("terminated", save_steps=None)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value != default(name)]
+    process = start(run_cli, ["train", *flags])
+    end = time.monotonic() + PATIENCE
+    while not (Path(config.output_dir) / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert not (Path(config.output_dir) / "summary.json").exists()
+    stopped = checkpoints.newest_complete(Path(config.output_dir) / "checkpoints")
+    assert stopped is not None
+    assert checkpoints.step_of(stopped) < STEPS
+    config = configure("terminated")
+    train(config)
+    check_equal(config, uninterrupted)
+
+
+def default(name: str) -> Any:
+    return TrainConfig.__dataclass_fields__[name].default
+
+
+def test_a_stop_within_a_step_does_that_step_again(configure: Configure, uninterrupted: TrainResult) -> None:
+    config = configure("within", save_steps=None)
+    stop_at(1)
+    assert train(config).stopped_at == 0
+    stop_at(2 * 6 + 1)  # two batches a step: the first of step 7
+    assert train(config).stopped_at == 6
+    stop_at(2)
+    assert train(config).stopped_at == 7  # asked at its last batch: it is finished
+    loop.step_engine = step_engine_of_the_loop
+    config = configure("within")
+    result = train(config)
+    check_equal(config, uninterrupted)
+    assert result.metrics == uninterrupted.metrics
+    again = train(config)  # nothing left to do
+    assert again.summary == uninterrupted.summary
+    assert again.metrics == uninterrupted.metrics
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    configure: Configure, uninterrupted: TrainResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on file sizes stands in for the disk."""
+    config = configure("full")
+    written = Path(config.output_dir) / "checkpoints"
+    stop_at(9)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    before = checkpoints.newest_complete(written)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value != default(name)]
+    try:
+        assert main(["train", *flags]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the checkpoint of step 5 could not be written" in capsys.readouterr().err
+    assert checkpoints.newest_complete(written) == before
+    assert not checkpoints.incomplete(written)
+    train(config)
+    check_equal(config, uninterrupted)
+
+
+def test_a_run_that_changed_is_refused_with_the_difference_or_forced(
+    configure: Configure, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    stop_at(3)
+    train(configure("changed"))
+    loop.step_engine = step_engine_of_the_loop
+    other = write_jsonl(tmp_path / "other.jsonl", text_rows(39))
+    for options, difference in (
+        ({"beta": 0.5}, "beta was 0.01, is now 0.5"),
+        ({"selection_ratio": 0.5}, "selection_ratio was 0.4, is now 0.5"),
+        ({"pairs": str(other)}, "training_data was '32 pairs, .*', is now '31 pairs, "),
+        ({"learning_rate": 1.0}, "learning_rate was 0.01, is now 1.0"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run: {difference}.*--force-resume"):
+            train(configure("changed", **options))
+    with pytest.raises(ValueError, match="cannot be read otherwise than it was written: zero_stage was 0, is now 1"):
+        train(configure("changed", zero_stage=1, force_resume=True))
+    copy = write_jsonl(tmp_path / "same.jsonl", text_rows(40))  # the same rows elsewhere are the same data
+    stop_at(3)
+    result = train(configure("changed", pairs=str(copy), beta=0.5, force_resume=True))
+    assert result.stopped_at == 2
+    with pytest.raises(ValueError, match=r"it holds a run\. Choose another, or --resume auto"):
+        train(configure("changed", resume=None))
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        train(configure("changed", resume=str(tmp_path)))
+
+
+def test_two_runs_do_not_write_to_one_folder(configure: Configure) -> None:
+    """A launcher that was killed may have left its processes alive."""
+    config = configure("shared")
+    stop_at(3)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    other = os.open(config.output_dir, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(OSError, match="another run is writing to"):
+        train(config)
+    os.close(other)
+    assert train(config).stopped_at is None
+
+
+def test_random_states_come_back() -> None:
+    states = loop.random_states()
+    drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
+    loop.restore_random_states(states)
+    assert [random.random(), np.random.rand(), torch.rand(1).item()] == drawn
+
+
+def test_random_states_are_in_the_checkpoint(configure: Configure) -> None:
+    """A run that draws gets after its resumption the numbers that it would have got."""
+    drawn: dict[str, list[float]] = {}
+
+    def drawing(name: str, stop: int | None) -> None:
+        stop_at(stop or 10**9)
+        inner = loop.step_engine
+
+        def step_engine(engine: Any) -> float:
+            drawn.setdefault(name, []).append(random.random() + np.random.rand() + torch.rand(1).item())
+            return inner(engine)
+
+        loop.step_engine = step_engine
+        train(configure(name, max_steps=4, save_steps=None))
+
+    drawing("whole", None)
+    drawing("parts", 4)  # at the last batch of step 2
+    drawing("parts", None)
+    assert drawn["parts"] == drawn["whole"]
+
+
+def test_damage_falls_back_to_the_checkpoint_before(configure: Configure, uninterrupted: TrainResult) -> None:
+    config = configure("damaged")
+    stop_at(9)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    newest = checkpoints.newest_complete(Path(config.output_dir) / "checkpoints")
+    assert newest is not None
+    file = next(newest.glob("engine/*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with (Path(config.output_dir) / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')  # cut short by a kill
+    train(config)
+    check_equal(config, uninterrupted)
+    assert json.loads((Path(config.output_dir) / "run.json").read_text())["processes"] == 1
