@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -479,24 +480,25 @@ def test_a_space_of_another_version_is_said_to_be_one_and_left_alone(
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a tmpfs of some KiB; skips where that is not allowed."""
+def mounted() -> Iterator[Callable[[int], Path]]:
+    """Mounts a tmpfs of some KiB; skips where that is not allowed. Away from pytest's folders, which it cleans up."""
     points: list[Path] = []
 
     def mount(kib: int) -> Path:
-        point = tmp_path / f"disk{len(points)}"
-        point.mkdir()
+        point = Path(tempfile.mkdtemp())
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(point)], capture_output=True, text=True
         )
         if done.returncode:
+            point.rmdir()
             pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
         points.append(point)
         return point
 
     yield mount
     for point in points:
-        subprocess.run(["umount", str(point)], check=True, timeout=30)
+        subprocess.run(["umount", "--lazy", str(point)], check=True, timeout=30)  # files may be open still
+        point.rmdir()
 
 
 def nothing_half_written(store: ReferenceStore) -> bool:
@@ -594,6 +596,13 @@ def test_writers_killed_at_random_moments_leave_whole_rows_only(store: Reference
     assert sizes == sorted(sizes)
     assert sizes[-1] > 0
     assert rebuilt(store, pairs) == len(keys(pairs)) - sizes[-1]
+
+
+def test_a_name_that_leads_nowhere_is_passed_over(store: ReferenceStore) -> None:
+    pairs = make_pairs(3)
+    write(store, pairs)
+    (store.folder / f"{'0' * 32}.safetensors").symlink_to("nowhere")
+    assert stored(ReferenceStore.open(store.folder), pairs) == keys(pairs)
 
 
 def test_pruning_while_others_read_and_write(store: ReferenceStore) -> None:
