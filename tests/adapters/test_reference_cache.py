@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -419,16 +420,25 @@ def test_values_that_change_or_vanish_under_an_open_reader(store: ReferenceStore
     assert rebuilt(store, kept + lost) == len(keys(kept + lost))
 
 
+def flip_first_value(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    content[8 + length + json.loads(content[8 : 8 + length])["values"]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
+
+
 def test_a_damaged_copy_is_passed_over_for_an_intact_one(store: ReferenceStore) -> None:
+    """Whichever of the two copies is the one that was taken in first."""
     pairs = make_pairs(3)
     write(store, pairs, shard_bytes=1)
+    small = shard_files(store)
     write(store, pairs)
-    for path in shard_files(store):
-        if path.stat().st_size < max(p.stat().st_size for p in shard_files(store)):
-            path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    for path in small:
+        flip_first_value(path)
     reader = ReferenceStore.open(store.folder)
     assert stored(reader, pairs) == keys(pairs)
     assert reader.missing(pairs) == []
+    assert 0 < len(reader.damaged) <= len(small)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "vocabulary.json.gz"])
@@ -485,6 +495,8 @@ def mounted() -> Iterator[Callable[[int], Path]]:
     points: list[Path] = []
 
     def mount(kib: int) -> Path:
+        if shutil.which("mount") is None:
+            pytest.skip("no mount command")
         point = Path(tempfile.mkdtemp())
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(point)], capture_output=True, text=True
