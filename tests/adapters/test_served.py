@@ -284,6 +284,12 @@ def other_ids(choice: dict[str, Any]) -> None:
     )
 
 
+def other_text(choice: dict[str, Any]) -> None:
+    """A server that names tokens by their text has scored another one."""
+    tokens = choice["logprobs"]["tokens"]
+    tokens[1] = "user" if tokens[1] == "assistant" else "assistant"
+
+
 def begun_twice(choice: dict[str, Any]) -> None:
     """The server puts a token of its own in front."""
     choice["logprobs"]["token_logprobs"].insert(1, -1.0)
@@ -316,6 +322,12 @@ LASTING: dict[str, tuple[Protocol, type[Exception], Fault, str]] = {
         ServerError,
         echoed(other_ids),
         r"token 1 was sent as id \d+ .* the server scores 'token_id:",
+    ),
+    "wrong text": (
+        "completions",
+        ServerError,
+        echoed(other_text),
+        r"token 1 was sent as id \d+ .* scores '(user|assis)",
     ),
     "a token more": ("completions", ServerError, echoed(begun_twice), r"\d+ tokens were sent, \d+ log-probs came back"),
     "shifted": ("completions", ServerError, echoed(shifted), r"for the first \(nothing precedes it"),
