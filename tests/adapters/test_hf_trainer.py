@@ -31,6 +31,7 @@ from selective_pref import NonFiniteError, dpo_loss, selective_dpo_loss, sft_los
 from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.hf_callback import wrong_signs
+from selective_pref_adapters.hf_loss import OnlineReference
 from selective_pref_adapters.hf_trainer import (
     PreferenceCollator,
     Schedule,
@@ -376,13 +377,26 @@ def test_a_killed_run_goes_on_where_the_schedule_stood(build: Run, pairs: list[T
     assert state["stateful_callbacks"]["SelectionCallback"]["attributes"]["history"][""]
 
 
-def test_evaluations_use_the_end_of_the_schedule(build: Run, pairs: list[TokenizedPair]) -> None:
-    """Otherwise two of them could not be compared, nor a best model be chosen."""
-    slow = Schedule(start=1.0, end=0.4, steps=1000)
-    trainer = build(callback=SelectionCallback(selection_ratio=slow), evaluation=pairs[30:])
-    metrics, plain = trainer.evaluate(), build(evaluation=pairs[30:]).evaluate()
-    assert metrics["eval_loss"] == plain["eval_loss"]
-    assert metrics["eval_selection/fraction"] < 0.6
+def test_steps_use_the_schedules_numbers_and_evaluations_their_end(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
+) -> None:
+    """The weights stay where they are, so each loss is the core's with the numbers of its step."""
+    ratio, beta = Schedule(start=1.0, end=0.4, steps=2), Schedule(start=0.5, end=0.1, steps=2)
+    trainer = build(
+        callback=SelectionCallback(selection_ratio=ratio, beta=beta),
+        train=pairs[:4] * 2,
+        evaluation=pairs[:4],
+        max_steps=2,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    losses = [line["loss"] for line in logged(trainer)] + [trainer.evaluate()["eval_loss"]]
+    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    with torch.no_grad():
+        sides = responses(labels, model_per_token_logps(trainer.model, labels), from_bits(labels[REF_LOGPS]))
+    expected = [selective_dpo_loss(*sides, beta=beta(step), selection_ratio=ratio(step)).loss for step in range(3)]
+    assert losses == pytest.approx([float(loss) for loss in expected], rel=1e-5)
+    assert len({round(loss, 4) for loss in losses}) == 3
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------
@@ -621,6 +635,10 @@ def test_an_adapter_switched_off_is_a_reference(build: Run, pairs: list[Tokenize
     assert_alike(logged(runs[0], "eval_loss"), logged(runs[1], "eval_loss"), rel=1e-5, abs=1e-7)
     callback = SelectionCallback()
     fresh = lora(policy_folder)
+    for mode in (True, False):
+        fresh.train(mode)
+        OnlineReference(fresh)(PreferenceCollator(AutoTokenizer.from_pretrained(policy_folder))(pairs[:2])["labels"])
+        assert fresh.training is mode
     build(model=fresh, loss=SelectivePreferenceLoss(ref_model=fresh), callback=callback, max_steps=1).train()
     assert callback.warnings[0]["kind"] == "self_reference"
 
@@ -788,12 +806,13 @@ def test_options_of_the_objects_that_make_no_sense(
 
 def test_pictures_of_fixed_pairs(build: Run, pairs: list[TokenizedPair], tmp_path: Path) -> None:
     """At each evaluation, without touching what the evaluation reports."""
-    options = {"evaluation": pairs[30:], "eval_strategy": "steps", "eval_steps": 2}
+    options = {"evaluation": {"one": pairs[30:35], "two": pairs[35:]}, "eval_strategy": "steps", "eval_steps": 2}
     drawn, plain = build(callback=SelectionCallback(picture_pairs=2), **options), build(**options)
     for trainer in (drawn, plain):
         trainer.train()
     assert logged(drawn) == logged(plain)
-    assert logged(drawn, "eval_loss") == logged(plain, "eval_loss")
+    for name in ("eval_one_loss", "eval_two_loss"):
+        assert logged(drawn, name) == logged(plain, name)
     files = sorted((tmp_path / "out" / "selection").iterdir())
     assert [file.name for file in files] == ["step-000002.svg", "step-000004.svg"]
     root = ElementTree.fromstring(files[0].read_text(encoding="utf-8"))
