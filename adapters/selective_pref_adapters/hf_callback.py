@@ -119,14 +119,15 @@ class SelectionCallback(TrainerCallback, ExportableState):
         loss.windows = {"train": Window(), "eval": Window()}
         loss.final = {name: schedule.end for name, schedule in self.schedules.items()}
         trainer.model_accepts_loss_kwargs = False  # the model computes no loss, so it gets no count of items
-        trainer.args.prediction_loss_only = (
-            True  # two rows a pair: the Trainer would cut predictions in the wrong place
-        )
+        # Predictions would have two rows a pair, of which the Trainer would cut the wrong ones off.
+        trainer.args.prediction_loss_only = True
         for reference in loss.references.values():
             reference.policy = functools.partial(_runnable, trainer)
-        collator.fused_head = install_fused_head(trainer.model, at_first_call=True)
+        # A model that `model_init` makes later has the head it was born with.
+        collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
         if collator.max_length is None:
-            collator.max_length = min(MAX_LENGTH, context_of(trainer.model) or MAX_LENGTH)
+            models = (trainer.model, *(reference.model for reference in loss.references.values()))
+            collator.max_length = min([MAX_LENGTH, *filter(None, map(context_of, models))])
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, trainer.model, list(loss.references.values()))
         _let_logs_carry_statistics(trainer)
@@ -139,6 +140,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Takes up what a checkpoint says of the run so far."""
         if self.trainer is None:  # added to a finished Trainer, or made anew from a checkpoint by it
             self.attach(_calling_trainer())
+        if state.global_step == 0:
+            self.warnings, self.history, self._drawn_at = [], {}, -1
         stored = state.stateful_callbacks.get(type(self).__name__)
         if stored is not None and state.global_step > 0:
             if stored["args"] != self.state()["args"]:
@@ -177,8 +180,9 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """After the first step: did the reference say what the initial policy said?"""
         window = self.loss.windows["train"]
         if state.global_step == 1 and self._selects and DISTANCE in window.names:
-            mean_distance = window.sums[window.names.index(DISTANCE)] / max(window.pairs, 1)
-            distance = mean_over_pairs([{DISTANCE: mean_distance}], [window.pairs])[DISTANCE]
+            sums = {DISTANCE: window.sums[window.names.index(DISTANCE)], "pairs": window.sums.new_tensor(window.pairs)}
+            seen = mean_over_pairs([sums], [1])
+            distance = seen[DISTANCE] / seen["pairs"] if seen["pairs"] else 1.0
             low_precision = args.bf16 or args.fp16 or next(self.trainer.model.parameters()).dtype != torch.float32
             if distance < (2e-2 if low_precision else 1e-3):
                 self._warn("self_reference")
@@ -251,7 +255,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             shown = list(picture_rows(out, ids, places, tokenizer))
             write_picture(Path(args.output_dir) / "selection" / f"step-{state.global_step:06d}.svg", shown)
 
-    def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, tuple[str, ...]]:
+    def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
         """What the loss says of these pairs now. Every process runs it: weights may be sharded."""
         trainer, windows = self.trainer, self.loss.windows
         labels = trainer._prepare_inputs(trainer.data_collator(rows))["labels"]
@@ -263,7 +267,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 out, _ = self.loss.preferences(frozen_per_token_logps(model, labels), labels)
         finally:
             self.loss.windows = windows
-        return out, labels["places"]
+        return out, labels.places
 
 
 def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:

@@ -46,9 +46,7 @@ def check_trainer(trainer: Trainer) -> None:
             "both to False in accelerator_config",
         ),
         (
-            args.world_size > 1
-            and workers.dispatch_batches is None
-            and isinstance(trainer.train_dataset, torch.utils.data.IterableDataset),
+            args.world_size > 1 and workers.dispatch_batches is None and _streams(trainer),
             "an IterableDataset on several processes is dispatched, which tears pairs apart: set "
             "accelerator_config={'dispatch_batches': False}",
         ),
@@ -110,7 +108,7 @@ def check_rows(name: str, dataset: Any, collator: PreferenceCollator, model: Any
     longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
     for who, its_model in (("policy", model), *(("reference", reference.model) for reference in references)):
-        context, size = context_of(its_model), getattr(its_model.config, "vocab_size", None)
+        context, size = context_of(its_model), getattr(_text_config(its_model), "vocab_size", None)
         if context is not None and longest > context:
             raise ValueError(
                 f"{name} holds {longest} tokens in one row, more than the {who} can read ({context}): set max_length"
@@ -135,4 +133,15 @@ def datasets_of(trainer: Trainer) -> list[tuple[str, Any]]:
 
 def context_of(model: Any) -> int | None:
     """How many tokens a model can read, where its configuration says so."""
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(_text_config(model), "max_position_embeddings", None)
+
+
+def _streams(trainer: Trainer) -> bool:
+    sets = [trainer.train_dataset, trainer.eval_dataset]
+    sets += trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else []
+    return any(isinstance(dataset, torch.utils.data.IterableDataset) for dataset in sets)
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -44,6 +44,18 @@ class PreferenceLabels(dict[str, Any]):
         """B."""
         return self["completion_mask"].shape[0] // 2
 
+    @property
+    def places(self) -> list[str]:
+        """Where each pair came from."""
+        return [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in self["places"].tolist()]
+
+
+def _as_tensor(texts: list[str]) -> Tensor:
+    """UTF-8 [B L], padded with 0: whatever carries a batch to its process carries tensors, not always strings."""
+    raw = [text.encode("utf-8") for text in texts]
+    width = max(map(len, raw))
+    return torch.tensor([list(text.ljust(width, b"\0")) for text in raw], dtype=torch.uint8)
+
 
 @dataclass
 class PreferenceCollator:
@@ -92,7 +104,7 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
         batch = collate(pairs, pad)
-        labels = PreferenceLabels(batch, places=tuple(pair.place for pair in pairs))
+        labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
         for key, store in ((REF_LOGPS, self.ref_store), (SCORING_REF_LOGPS, self.scoring_ref_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))

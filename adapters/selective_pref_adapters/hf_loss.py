@@ -181,7 +181,7 @@ class SelectivePreferenceLoss:
         if not finite_everywhere(out.losses):
             mask = labels["completion_mask"][:, 1:] != 0
             if self.non_finite == "raise" or not finite_everywhere(logps.detach().masked_fill(~mask, 0.0)):
-                raise non_finite_error(out, self.where, labels["places"])
+                raise non_finite_error(out, self.where, labels.places)
             kept = torch.isfinite(out.losses.detach()).cpu().numpy()
             out = losses_of(kept)
         if self.windows is not None:

@@ -28,6 +28,7 @@ Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 IGNORE_INDEX = -100
 """The label of tokens that are not trained: prompt and padding."""
 
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 _TURN = "\n\nAssistant:"  # hh-rlhf: one string per side, "\n\nHuman: … \n\nAssistant: …"
 _NO_COMPLETION = "no completion left after truncation"
 _EMPTY = "empty completion"
@@ -91,10 +92,11 @@ class TokenizationReport:
 
 
 def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[PreferenceRow]:
-    """The preference rows of a `.jsonl`/`.json`/`.parquet` file or of a folder written by `Dataset.save_to_disk`.
+    """The preference rows of a `.jsonl`/`.json`/`.parquet` file, or of a folder.
 
     Args:
-        path: the file or folder.
+        path: the file; a folder written by `Dataset.save_to_disk`; or one that holds such files, read in the order of
+            their names.
         malformed: None to raise at the first malformed row; or a list that collects the messages of such rows, which
             are then left out.
 
@@ -136,6 +138,8 @@ def preference_row(row: Any, place: str) -> PreferenceRow:
             raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
     sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
     kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
+    if kinds == {"prompt": "text", "chosen": "messages", "rejected": "messages"}:
+        return _row_of_conversations(sides, place)
     if len(set(kinds.values())) > 1:
         raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
     if "prompt" in sides:
@@ -267,7 +271,16 @@ def check_same_tokenizer(policy: Tokenizer, reference: Tokenizer) -> None:
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(place, function that reads the row) of everything in a file or folder; reading may raise RowError."""
-    if path.suffix == ".jsonl":
+    if path.is_dir() and not _is_saved_dataset(path):
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise ValueError(
+                f"{path} is neither a folder written by Dataset.save_to_disk nor one of {', '.join(_SUFFIXES)} files"
+            )
+        for file in files:
+            yield from _raw_rows(file)
+        return
+    if path.suffix == ".jsonl" or (path.suffix == ".json" and _holds_lines(path)):
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -284,6 +297,16 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         raise ValueError(f"cannot read {path}: expected .jsonl, .json, .parquet or a folder written by save_to_disk")
     for number, row in enumerate(rows):
         yield f"{path.name}, row {number}", lambda row=row: row
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a `.json` file holds a row a line, as `Dataset.to_json` writes it, and not one list."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] == b"{"
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json", "dataset_info.json"))
 
 
 def _json(text: bytes, place: str) -> Any:
@@ -349,6 +372,17 @@ def _prompt_of_messages(
     if chosen[:-1] != rejected[:-1]:
         raise RowError(_different_prompts(place, chosen[:-1], rejected[:-1]))
     return chosen[:-1], chosen[-1:], rejected[-1:]
+
+
+def _row_of_conversations(sides: dict[str, Any], place: str) -> PreferenceRow:
+    """Whole conversations beside a text that repeats what the user asked (UltraFeedback): the text must be in them."""
+    prompt, chosen, rejected = _prompt_of_messages(sides["chosen"], sides["rejected"], place)
+    if sides["prompt"] not in [message["content"] for message in prompt]:
+        raise RowError(
+            f"{place}: 'prompt' is a text beside whole conversations, but no message before the last says it: "
+            f"{sides['prompt'][:60]!r}. Leave 'prompt' out, or make it the list of messages before the answer"
+        )
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
 
 
 def _different_prompts(place: str, chosen: Sequence[Any], rejected: Sequence[Any]) -> str:

@@ -5,6 +5,7 @@ Arguments: folders of policy and reference, a file of pairs, a folder for `rank0
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from selective_pref_adapters.pairs import read_rows, tokenize_pairs
 from selective_pref_adapters.reference_cache import ReferenceStore
 from selective_pref_adapters.scoring import fill_store, reference_space
 
+faulthandler.dump_traceback_later(150, exit=True)  # one process that waits for the other for ever says where
 POLICY, REFERENCE, PAIRS, OUT = (Path(argument) for argument in sys.argv[1:5])
 RANK = int(os.environ["RANK"])
 TOKENIZER = AutoTokenizer.from_pretrained(POLICY)
@@ -98,10 +100,7 @@ def one_broken_number(stored: ReferenceStore) -> str:
 def store() -> ReferenceStore:
     reference = model_of(REFERENCE)
     made = ReferenceStore.create(OUT / "store", reference_space(reference, TOKENIZER))
-    if RANK == 0:
-        fill_store(made, ROWS, reference, pad_token_id=0, progress=False)
-    dist.barrier()
-    made.refresh()
+    fill_store(made, ROWS, reference, pad_token_id=0, progress=False)  # the processes share the work
     return made
 
 

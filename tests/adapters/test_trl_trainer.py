@@ -204,6 +204,8 @@ def test_warm_up_lowers_the_ratio_from_1(make: Make) -> None:
     trainer = trained(make(selection_warmup_steps=2, selection_ratio=0.2, eval_dataset=Dataset.from_list(ROWS[:4])))
     fractions = [line["selection/fraction"] for line in steps_of(trainer)]
     assert fractions[0] == 1.0
+    assert [line["selection/ratio"] for line in steps_of(trainer)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert steps_of(trainer)[0]["selection/beta"] == pytest.approx(0.01)
     assert fractions[1] > fractions[2]
     reference = trained(make(selection_ratio=0.2))
     assert fractions[2:] == [line["selection/fraction"] for line in steps_of(reference)[2:]]
