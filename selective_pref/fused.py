@@ -227,7 +227,7 @@ class _Fused(torch.autograd.Function):
             )
         hidden, weight, bias, rows, labels, normaliser, kept = ctx.saved_tensors
         head, narrow = ctx.head, ctx.narrow
-        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             wide = normaliser.dtype
             upstream = gradient[rows].to(wide)

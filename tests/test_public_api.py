@@ -138,7 +138,7 @@ ROOMS = {"batch", "pairs", "heads", "objectives", "monitoring", "reference_cache
 ROOMS |= {"selection_picture"}
 
 
-@pytest.mark.parametrize("adapter", ["hf_", "deepspeed_loop"])
+@pytest.mark.parametrize("adapter", ["hf_", "trl_", "deepspeed_loop"])
 def test_an_adapter_imports_the_shared_rooms_and_itself(adapter: str) -> None:
     paths = sorted((ROOT / "adapters" / "selective_pref_adapters").glob(f"{adapter}*.py"))
     assert paths

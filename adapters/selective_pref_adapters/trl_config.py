@@ -109,13 +109,17 @@ class SelectiveDPOConfig(DPOConfig):
         super().__post_init__()
         check_options(self)
 
+    def ratio(self, step: int | None = None) -> float:
+        """The share of tokens to keep, at an optimiser step or after the warm-up."""
+        warm_up = Schedule(start=1.0, end=self.selection_ratio, steps=self.selection_warmup_steps)
+        return self.selection_ratio if step is None else warm_up(step)
+
     def objective(self, step: int | None = None) -> Objective:
         """The loss as a callable (chosen, rejected) → PreferenceLoss; at an optimiser step, during the warm-up."""
-        warm_up = Schedule(start=1.0, end=self.selection_ratio, steps=self.selection_warmup_steps)
         return partial(
             selective_dpo_loss,
             beta=self.beta,
-            selection_ratio=self.selection_ratio if step is None else warm_up(step),
+            selection_ratio=self.ratio(step),
             scores=score_function(self.scores),
             pool=self.selection_pool,
             ties=self.selection_ties,

@@ -49,7 +49,10 @@ class SelectiveDPOArguments(ScriptArguments):
 def main(arguments: Sequence[str]) -> None:
     """Trains as the flags say, saves the model to `--output_dir`."""
     parser = TrlParser(
-        (SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig), prog="selective-pref dpo"
+        (SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig),
+        prog="selective-pref dpo",
+        description="DPO on the tokens that matter, with TRL's trainer. --config FILE.yaml reads these flags from a "
+        "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
     words = with_recipe(arguments)
     if "--deepspeed" in words and not torch.cuda.is_available():
@@ -73,6 +76,9 @@ def main(arguments: Sequence[str]) -> None:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    if script.ignore_bias_buffers:  # boolean masks that some architectures keep as buffers; DDP would send them around
+        masks = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = masks
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"model saved to {args.output_dir}")

@@ -157,7 +157,11 @@ class SelectiveDPOTrainer(DPOTrainer):
         out = loss_of_batch(self.objective, inputs, logps, self._ref_logps(inputs))
         if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
             raise non_finite_error(out, f"step {self.state.global_step + 1}")
-        self._logged[self._mode].append((batch_metrics(inputs, out, statistics), len(out.losses)))
+        metrics = batch_metrics(inputs, out, statistics)
+        if self._custom_objective is None:
+            metrics["selection/ratio"] = out.losses.new_tensor(self.args.ratio(self._step))
+            metrics["selection/beta"] = out.losses.new_tensor(self.args.beta)
+        self._logged[self._mode].append((metrics, len(out.losses)))
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # the logits that `compute_metrics` asks for were never made
@@ -168,7 +172,12 @@ class SelectiveDPOTrainer(DPOTrainer):
         """(chosen, rejected) → PreferenceLoss, at this step."""
         if self._custom_objective is not None:
             return self._custom_objective
-        return self.args.objective(self.state.global_step if self._mode == "train" else None)
+        return self.args.objective(self._step)
+
+    @property
+    def _step(self) -> int | None:
+        """The optimiser step, as far as the loss depends on it: an evaluation's does not."""
+        return self.state.global_step if self._mode == "train" else None
 
     def _ref_logps(self, inputs: Batch) -> Tensor | None:
         """The reference's log-probs of a batch [2B T], wherever they come from."""

@@ -4,6 +4,7 @@ and a clear word on everything that has no meaning under selection."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -202,6 +204,8 @@ def test_warm_up_lowers_the_ratio_from_1(make: Make) -> None:
     trainer = trained(make(selection_warmup_steps=2, selection_ratio=0.2, eval_dataset=Dataset.from_list(ROWS[:4])))
     fractions = [line["selection/fraction"] for line in steps_of(trainer)]
     assert fractions[0] == 1.0
+    assert [line["selection/ratio"] for line in steps_of(trainer)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert steps_of(trainer)[0]["selection/beta"] == pytest.approx(0.01)
     assert fractions[1] > fractions[2]
     reference = trained(make(selection_ratio=0.2))
     assert fractions[2:] == [line["selection/fraction"] for line in steps_of(reference)[2:]]
@@ -371,7 +375,6 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     teacher = load(reference_folder)
     calls = forward_calls(teacher)
     sets = {"eval_dataset": {"one": Dataset.from_list(ROWS[:4]), "two": Dataset.from_list(text_rows(60)[48:])}}
-    state = torch.get_rng_state()
     first = make(ref_model=teacher, **store, **sets)
     scored = len(calls)
     assert scored > len(ROWS)  # row by row, each once
@@ -388,7 +391,6 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     assert "initial policy" not in caplog.text
     online = steps_of(trained(make()))
     assert [line["loss"] for line in online] == [line["loss"] for line in first_log]  # bit by bit
-    assert state.shape == torch.get_rng_state().shape
     fresh = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3 w4"}])
     calls = forward_calls(first.ref_model)
     assert first.evaluate(fresh)["eval_loss"] > 0  # with a reference at hand, new rows are scored when they come
@@ -596,6 +598,10 @@ def test_what_the_trainer_refuses(make: Make, policy_folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="images are not supported"):
         make(train_dataset=rows.add_column("images", [[1]] * len(rows)))
     model = load(policy_folder)
+    seeing = load(policy_folder)
+    seeing.config.vision_config = {"hidden_size": 8}
+    with pytest.raises(ValueError, match="images are not supported"):
+        make(model=seeing)
     with pytest.raises(ValueError, match="are the same object"):
         make(model=model, ref_model=model)
     other = make_model(tmp_path / "other", seed=2, words=[f"w{24 - n}" for n in range(24)])
@@ -643,14 +649,15 @@ def test_nan_stops_the_run_before_the_weights_change(make: Make, reference_folde
     assert lenient.state.log_history[0]["selection/nonfinite_rows"] == 1.0
 
 
-def test_an_unsupported_trl_says_so_at_import() -> None:
+def test_an_unsupported_trl_says_so_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("1.14.0", "1.16.0", "1.16.9"):
         check_trl_version(version)
     for version in ("1.13.2", "1.17.0", "2.0.0"):
         with pytest.raises(ImportError, match=rf"supports trl >=1\.14,<1\.17; installed is {version}.*pip install"):
             check_trl_version(version)
-    source = Path(trl_config.__file__).read_text(encoding="utf-8")
-    assert "\ncheck_trl_version(trl.__version__)\n" in source
+    monkeypatch.setattr(trl, "__version__", "1.13.2")
+    with pytest.raises(ImportError, match=r"installed is 1\.13\.2"):
+        importlib.reload(trl_config)
     pyproject = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"trl>={trl_config.OLDEST_TRL},<{trl_config.FIRST_UNTRIED_TRL}"' in pyproject
 
