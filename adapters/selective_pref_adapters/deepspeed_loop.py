@@ -344,10 +344,10 @@ def load_model(name: str, dtype: str) -> torch.nn.Module:
     """A causal LM from a folder or hub id, with dropout off: policy and reference must differ by weights only."""
     model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, dtype)))
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        rates = ["p"] if isinstance(module, torch.nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for name in rates:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from plain_loop import plain_torch_run, training_pairs
 from ranks import step_engine_of_the_loop, stop_at
 from selective_pref import NonFiniteError
 from selective_pref_adapters import deepspeed_loop
-from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.deepspeed_loop import load_model, train
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_cache import ReferenceStore
@@ -563,3 +563,18 @@ def test_real_model_and_rows(shared: Path, tmp_path: Path, name: str) -> None:
     before = train(again).summary["before"]
     assert before["eval_logps/chosen"] == after["eval_logps/chosen"]
     assert before["eval_rewards/margins"] == after["eval_rewards/margins"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "biogpt"])
+def test_dropout_is_off_wherever_a_model_keeps_its_rates(tmp_path: Path, name: str) -> None:
+    """In modules of their own, or in numbers that the layers hand to functions."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
+    sizes |= {"n_embd": 16, "n_layer": 2, "n_head": 2, "intermediate_size": 16, "word_embed_proj_dim": 16}
+    known = AutoConfig.for_model(name)
+    rates = {key: 0.5 for key, value in known.to_dict().items() if "drop" in key and isinstance(value, (int, float))}
+    config = AutoConfig.for_model(name, **{k: v for k, v in {**sizes, **rates}.items() if hasattr(known, k)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "float32")
+    ids = torch.arange(1, 9).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
