@@ -45,7 +45,7 @@ from selective_pref_adapters.reference_cache import MissingRowsError, ReferenceS
 from selective_pref_adapters.scoring import fill_store, reference_space
 from selective_pref_adapters.selection_picture import PictureRow, selection_picture
 from tiny import make_model, text_rows, write_jsonl
-from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory
+from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory, trl_trajectory
 
 Run = Callable[..., Trainer]
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,14 +249,16 @@ def test_both_ways_give_the_same_numbers(build: Run, arguments: Any, tokenizer: 
         assert torch.equal(ours, theirs)
 
 
-def test_twenty_steps_are_those_of_the_deepspeed_loop(
+def test_twenty_steps_are_those_of_the_deepspeed_loop_and_of_trl(
     policy_folder: Path, reference_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    loop = loop_trajectory(policy_folder, reference_folder, pairs_file, tmp_path / "loop")
     ours = hf_trajectory(policy_folder, reference_folder, pairs_file, tmp_path / "hf")
-    assert len(ours) == len(loop) == STEPS
-    for name in COMPARED:
-        assert [line[name] for line in ours] == pytest.approx([line[name] for line in loop], rel=2e-4, abs=2e-6), name
+    for trajectory in (loop_trajectory, trl_trajectory):
+        theirs = trajectory(policy_folder, reference_folder, pairs_file, tmp_path / trajectory.__name__)
+        assert len(ours) == len(theirs) == STEPS
+        for name in COMPARED:
+            expected = pytest.approx([line[name] for line in theirs], rel=2e-4, abs=2e-6)
+            assert [line[name] for line in ours] == expected, (trajectory.__name__, name)
     assert ours[0]["loss"] != pytest.approx(ours[-1]["loss"], rel=1e-3)  # it moved
 
 

@@ -1,16 +1,17 @@
 """One run in three trainers: the same pairs in the same order, so that their losses can be laid side by side.
 
 `one_epoch` are the pairs as the DeepSpeed loop draws them; any trainer that takes them one after the other (sequential
-sampling, one epoch) makes the loop's steps. `hf_trajectory` is that run in the plain Hugging Face Trainer.
+sampling, one epoch) makes the loop's steps. `hf_trajectory` and `trl_trajectory` are that run in the plain Hugging Face
+Trainer and in TRL's.
 """
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from selective_pref_adapters.pairs import TokenizedPair, read_rows, tokenize_pairs
+from selective_pref_adapters.sampling import make_order, pair_length
 
 STEPS, BATCH, ACCUMULATION, RATE = 20, 2, 2, 1e-2
 COMPARED = ("loss", "grad_norm", "rewards/margins", "selection/rewards/margins", "selection/fraction")
@@ -18,10 +19,9 @@ COMPARED = ("loss", "grad_norm", "rewards/margins", "selection/rewards/margins",
 
 def one_epoch(pairs_file: Path, tokenizer: Any, seed: int = 0) -> list[TokenizedPair]:
     """`STEPS` steps' pairs of a file, in the loop's order for that seed."""
-    from selective_pref_adapters.deepspeed_loop import endless_batches
-
     pairs, _ = tokenize_pairs(read_rows(pairs_file), tokenizer, max_length=64)
-    return [pair for batch in islice(endless_batches(pairs, BATCH, seed), STEPS * ACCUMULATION) for pair in batch]
+    order = make_order([pair_length(pair) for pair in pairs], BATCH * ACCUMULATION, seed)
+    return [pairs[index] for step in range(1, STEPS + 1) for index in order(step)]
 
 
 def loop_trajectory(policy: Path, reference: Path, pairs_file: Path, output_dir: Path) -> list[dict[str, float]]:
@@ -78,6 +78,28 @@ def hf_trajectory(policy: Path, reference: Path, pairs_file: Path, output_dir: P
         data_collator=PreferenceCollator(tokenizer),
         compute_loss_func=SelectivePreferenceLoss(ref_model=AutoModelForCausalLM.from_pretrained(reference)),
         callbacks=[SelectionCallback()],
+    )
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def trl_trajectory(policy: Path, reference: Path, pairs_file: Path, output_dir: Path) -> list[dict[str, float]]:
+    """The metrics of each step in the TRL adapter, which tokenizes the same rows itself."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    rows = {row.place: row for row in read_rows(pairs_file)}
+    ordered = [rows[pair.place] for pair in one_epoch(pairs_file, tokenizer)]
+    columns = {name: [getattr(row, name) for row in ordered] for name in ("prompt", "chosen", "rejected")}
+    trainer = SelectiveDPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(policy),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference),
+        args=SelectiveDPOConfig(**hf_arguments(output_dir), gradient_checkpointing=False, max_length=64),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
     )
     trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line]
