@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from selective_pref import fused
-from selective_pref.fused import fused_per_token_logps
+from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 
 N, D, V = 13, 6, 37
 OPTIONS: list[dict[str, Any]] = [
@@ -69,6 +69,63 @@ def test_values_and_gradients_equal_those_of_logits(
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 
+def dense_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, **options: Any) -> LogitStatistics:
+    """The definitions, with every logit in memory."""
+    every = torch.stack([dense(hidden, weight, torch.full_like(labels, v), bias, **options) for v in range(V)], -1)
+    counts = labels != -100
+    z = (hidden @ weight.T + bias) * options.get("logit_scale", 1.0)
+    if (cap := options.get("softcap")) is not None:
+        z = cap * torch.tanh(z / cap)
+    z = z / options.get("temperature", 1.0)
+    return LogitStatistics(
+        entropy=-(every.exp() * every).sum(-1) * counts,
+        mean_logits=z.mean(-1) * counts,
+        is_top1=(every.argmax(-1) == labels) & counts,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("vocab_tile", [1, 5, V, None])
+def test_statistics_of_the_same_walk_are_those_of_the_logits(options: dict[str, Any], vocab_tile: int | None) -> None:
+    data = inputs()
+    with torch.no_grad():
+        top = dense_statistics(**data, **options).is_top1  # make sure that some labels are the top one
+        data["labels"][4:6] = (data["hidden"] @ data["weight"].T + data["bias"]).argmax(-1)[4:6]
+    assert top.sum() < dense_statistics(**data, **options).is_top1.sum()
+    logps, found = fused_logps_and_statistics(**data, **options, vocab_tile=vocab_tile)
+    plain = fused_per_token_logps(**data, **options, vocab_tile=vocab_tile)
+    torch.testing.assert_close(logps, plain, rtol=1e-13, atol=1e-13)
+    expected = dense_statistics(**data, **options)
+    torch.testing.assert_close(found.entropy, expected.entropy, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found.mean_logits, expected.mean_logits, rtol=1e-12, atol=1e-13)
+    assert found.is_top1.equal(expected.is_top1)
+    assert not any(part.requires_grad for part in vars(found).values())
+    leaves = (data["hidden"], data["weight"], data["bias"])
+    for got, wanted in zip(
+        torch.autograd.grad(logps, leaves, upstream()), torch.autograd.grad(plain, leaves, upstream()), strict=True
+    ):
+        assert got.equal(wanted)
+
+
+def test_statistics_where_logits_are_masked_or_nothing_counts() -> None:
+    """A padded vocabulary is often cut off by −inf: those tokens have probability 0 and no share in the entropy."""
+    data = inputs()
+    with torch.no_grad():
+        data["bias"][20:] = -torch.inf
+        data["labels"].clamp_(max=19)
+        cut = {**data, "weight": data["weight"][:20], "bias": data["bias"][:20]}
+    for tile in (3, None):
+        logps, found = fused_logps_and_statistics(**data, vocab_tile=tile)
+        want_logps, want = fused_logps_and_statistics(**cut, vocab_tile=tile)
+        torch.testing.assert_close(logps, want_logps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.entropy, want.entropy, rtol=1e-12, atol=1e-12)
+        assert found.is_top1.equal(want.is_top1)
+    nothing = {**data, "labels": torch.full((N,), -100)}
+    logps, found = fused_logps_and_statistics(**nothing)
+    assert not any(part.any() for part in (logps, found.entropy, found.mean_logits, found.is_top1))
+    logps.sum().backward()  # attached all the same
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("keep_logits", [False, True])
@@ -97,6 +154,22 @@ def test_the_compiled_fold_gives_the_same_numbers(
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_compiled_statistics_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = inputs(torch.float32)
+    logps, found = fused_logps_and_statistics(**data, **OPTIONS[2], vocab_tile=8)
+    monkeypatch.setattr(fused, "_compiles", lambda _: True)
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    compiled, theirs = fused_logps_and_statistics(**data, **OPTIONS[2], vocab_tile=8)
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(compiled, logps, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs.entropy, found.entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.mean_logits, found.mean_logits, rtol=1e-5, atol=1e-6)
+    assert theirs.is_top1.equal(found.is_top1)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

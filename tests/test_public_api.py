@@ -134,6 +134,21 @@ def test_imports_of_the_core_point_one_way() -> None:
                 assert order.index(name.split(".")[1]) < order.index(path.stem), f"{path.stem} imports {name}"
 
 
+ROOMS = {"batch", "pairs", "heads", "objectives", "monitoring", "reference_cache", "scoring", "train_config"}
+ROOMS |= {"selection_picture"}
+
+
+@pytest.mark.parametrize("adapter", ["hf_", "trl_", "deepspeed_loop"])
+def test_an_adapter_imports_the_shared_rooms_and_itself(adapter: str) -> None:
+    paths = sorted((ROOT / "adapters" / "selective_pref_adapters").glob(f"{adapter}*.py"))
+    assert paths
+    for path in paths:
+        for name in imported(path, module_level=True) | imported(path, module_level=False):
+            package, _, module = name.partition(".")
+            if package == "selective_pref_adapters":
+                assert module in ROOMS or module.startswith(adapter), f"{path.stem} imports {name}"
+
+
 @pytest.mark.parametrize("package", ["selective_pref", "selective_pref_adapters"])
 def test_an_import_loads_no_framework(package: str, tmp_path: Path) -> None:
     program = f"import sys, {package}; print(*[m for m in {FRAMEWORKS!r} if m in sys.modules])"

@@ -15,6 +15,7 @@ from typing import Any
 
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
+    "dpo": "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
     "score": "log-probs of a reference into a store, once for all runs that read them",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return {"train": _train, "score": _score, "demo": _demo}[command](rest)
+        return {"train": _train, "dpo": _dpo, "score": _score, "demo": _demo}[command](rest)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
@@ -48,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selective-pref {command}: interrupted; {left}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = "score" if command == "score" else "deepspeed"
+        extra = {"score": "score", "dpo": "trl"}.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
+        return 1
+    except ImportError as error:  # a version that is not supported
+        print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
 
 
@@ -83,6 +87,13 @@ _TRAIN = """Train a policy on preference pairs and save it.
 from a recipe that is shipped; flags on the command line win. On several processes: torchrun --nproc_per_node 2 -m
 selective_pref_adapters.cli train ...
 """
+
+
+def _dpo(arguments: list[str]) -> int:
+    from selective_pref_adapters.trl_script import main as dpo
+
+    dpo(arguments)
+    return 0
 
 
 def _score(arguments: list[str]) -> int:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from selective_pref import per_token_logps
-from selective_pref.fused import fused_per_token_logps
+from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 from selective_pref_adapters.batch import Batch, labels_of
+from selective_pref_adapters.pairs import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,23 @@ def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
         batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1].
     """
     labels = labels_of(batch)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if any(hasattr(module, _SERVED) for module in model.modules()):
-        return model(**inputs, completion_labels=labels)
-    logps, _ = per_token_logps(model(**inputs).logits, labels)
-    return logps
+    if _is_served(model):
+        return model(**_inputs(batch), completion_labels=labels)
+    return _dense_logps(model(**_inputs(batch)).logits, labels)
+
+
+def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitStatistics]:
+    """`model_per_token_logps`, and statistics of the logits for a training log, each [2B T] and 0 off the completions.
+
+    Args: as `model_per_token_logps`.
+    """
+    labels = labels_of(batch)
+    if _is_served(model):
+        logps, *statistics = model(**_inputs(batch), completion_labels=labels, statistics=True)
+    else:
+        logps, *statistics = _dense_logps_and_statistics(model(**_inputs(batch)).logits, labels)
+    entropy, mean_logits, is_top1 = statistics
+    return logps, LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
 
 
 def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
@@ -70,46 +83,90 @@ def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
         return out
 
 
-def install_fused_head(model: nn.Module) -> bool:
+def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool:
     """Makes `model_per_token_logps` of this model use the fused head; returns whether it could.
 
     Args:
         model: a causal LM, or a PEFT model around one, on the device and in the dtype it will be used in, not yet
             wrapped by an engine. Calling twice is harmless.
+        at_first_call: decide when the model is first asked for log-probs, and return True: for a model whose weights
+            an engine will move, cast or shard (or has sharded already).
     """
     causal = _causal_lm(model)
     if hasattr(causal, _SERVED):
         return True
+    if not at_first_call and not _decided(causal):
+        return False
+    setattr(causal, _SERVED, not at_first_call)
+    causal._dense_forward, causal.forward = causal.forward, types.MethodType(_forward, causal)
+    return True
+
+
+def _decided(causal: Any) -> bool:
+    """Whether the fused head serves this model; teaches the head, or says why not."""
     reason = _why_not(causal)
     if reason is not None:
         logger.warning("%s is served by its logits, not by the fused head: %s", type(causal).__name__, reason)
         return False
     head = causal.get_output_embeddings()
-    setattr(causal, _SERVED, _head_options(causal.config))
-    causal._dense_forward, causal.forward = causal.forward, types.MethodType(_forward, causal)
     head._dense_forward, head.forward = head.forward, types.MethodType(_head_forward, head)
     return True
 
 
-def _forward(self: Any, *args: Any, completion_labels: Tensor | None = None, **kwargs: Any) -> Any:
-    """The causal LM's forward: its own without `completion_labels`; with them, log-probs [B T]."""
+def _forward(
+    self: Any, *args: Any, completion_labels: Tensor | None = None, statistics: bool = False, **kwargs: Any
+) -> Any:
+    """The causal LM's forward: its own without `completion_labels`; with them, log-probs [B T] (and statistics)."""
     if completion_labels is None:
         return self._dense_forward(*args, **kwargs)
+    if not getattr(self, _SERVED):
+        setattr(self, _SERVED, True)
+        _decided(self)
     head = self.get_output_embeddings()
-    if not hasattr(head, "_dense_forward"):  # replaced since, by an adapter of its own
-        return per_token_logps(self._dense_forward(*args, **kwargs).logits, completion_labels)[0]
-    hidden = self.base_model(*args, **kwargs)[0]
-    return head(hidden[:, :-1], completion_labels=completion_labels[:, 1:], options=getattr(self, _SERVED))
+    if not hasattr(head, "_dense_forward"):  # not to be fused, or replaced since by an adapter of its own
+        dense = _dense_logps_and_statistics if statistics else _dense_logps
+        return dense(self._dense_forward(*args, **kwargs).logits, completion_labels)
+    hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
+    options = {**_head_options(self.config), "statistics": statistics}
+    return head(hidden[:, :-1], completion_labels=completion_labels[:, 1:], options=options)
 
 
 def _head_forward(
-    self: Any, hidden: Tensor, completion_labels: Tensor | None = None, options: dict[str, float | None] | None = None
-) -> Tensor:
+    self: Any, hidden: Tensor, completion_labels: Tensor | None = None, options: dict[str, Any] | None = None
+) -> Any:
     """The head's forward: its own without `completion_labels`; with them, the fused one."""
     if completion_labels is None:
         return self._dense_forward(hidden)
-    labels = completion_labels.to(hidden.device)
-    return fused_per_token_logps(hidden, self.weight, labels, bias=self.bias, **(options or {}))
+    labels, options = completion_labels.to(hidden.device), dict(options or {})
+    if not options.pop("statistics", False):
+        return fused_per_token_logps(hidden, self.weight, labels, bias=self.bias, **options)
+    logps, found = fused_logps_and_statistics(hidden, self.weight, labels, bias=self.bias, **options)
+    return logps, found.entropy, found.mean_logits, found.is_top1
+
+
+def _is_served(model: Any) -> bool:
+    return any(hasattr(module, _SERVED) for module in model.modules())
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+
+
+def _dense_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs [B T] from logits; those of a soft prompt stand in front of the others and are left out."""
+    return per_token_logps(logits[:, -labels.shape[1] :], labels)[0]
+
+
+def _dense_logps_and_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """(log-probs, entropy, mean logit, whether the label is the top one), each [B T] and 0 off the completions."""
+    with torch.no_grad():
+        shifted, targets = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
+        counts = targets != IGNORE_INDEX
+        logps = shifted.log_softmax(-1)
+        entropy = -torch.where(logps.exp() > 0, logps.exp() * logps, 0.0).sum(-1)
+        found = shifted.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        is_top1 = (found >= shifted.amax(-1)) & counts
+    return _dense_logps(logits, labels), entropy * counts, shifted.mean(-1) * counts, is_top1
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -151,7 +208,7 @@ def _why_not(causal: Any) -> str | None:
         causal.eval()
         head.forward = record
         with torch.no_grad():
-            logits = causal(**inputs).logits
+            logits = getattr(causal, "_dense_forward", causal)(**inputs).logits
             hidden = causal.base_model(**inputs)[0]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         return f"its forward cannot be taken apart: {type(error).__name__}: {error}"

@@ -69,10 +69,10 @@ def make_objective(
     return objectives[name]
 
 
-def check_objective(objective: Objective, *, reference: bool = True) -> None:
+def check_objective(objective: Objective, *, reference: bool = True) -> PreferenceLoss:
     """Calls `objective` on a pair of one token, so that an option out of range raises before anything is loaded."""
     one = torch.zeros(2, 1)
-    objective(*responses({"completion_mask": torch.ones(2, 2)}, one, one if reference else None))
+    return objective(*responses({"completion_mask": torch.ones(2, 2)}, one, one if reference else None))
 
 
 def loss_of_batch(

@@ -28,6 +28,7 @@ Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 IGNORE_INDEX = -100
 """The label of tokens that are not trained: prompt and padding."""
 
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 _TURN = "\n\nAssistant:"  # hh-rlhf: one string per side, "\n\nHuman: … \n\nAssistant: …"
 _NO_COMPLETION = "no completion left after truncation"
 _EMPTY = "empty completion"
@@ -91,10 +92,11 @@ class TokenizationReport:
 
 
 def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[PreferenceRow]:
-    """The preference rows of a `.jsonl`/`.json`/`.parquet` file or of a folder written by `Dataset.save_to_disk`.
+    """The preference rows of a `.jsonl`/`.json`/`.parquet` file, or of a folder.
 
     Args:
-        path: the file or folder.
+        path: the file; a folder written by `Dataset.save_to_disk`; or one that holds such files, read in the order of
+            their names.
         malformed: None to raise at the first malformed row; or a list that collects the messages of such rows, which
             are then left out.
 
@@ -109,7 +111,7 @@ def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[Pref
     rows: list[PreferenceRow] = []
     for place, read in _raw_rows(path):
         try:
-            rows.append(_preference_row(read(), place))
+            rows.append(preference_row(read(), place))
         except RowError as error:
             if malformed is None:
                 raise
@@ -117,6 +119,34 @@ def read_rows(path: str | Path, malformed: list[str] | None = None) -> list[Pref
     if not rows:
         raise ValueError(f"{path} holds no rows" + (f" but {len(malformed)} malformed ones" if malformed else ""))
     return rows
+
+
+def preference_row(row: Any, place: str) -> PreferenceRow:
+    """A checked row with its prompt made explicit.
+
+    Args:
+        row: what a file or a dataset holds: a dict with `chosen`, `rejected` and mostly `prompt`.
+        place: where it came from, for error messages.
+
+    Raises:
+        RowError: it is no preference pair.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"{place}: expected an object with 'prompt', 'chosen' and 'rejected'; got {type(row).__name__}")
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
+    sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
+    kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
+    if kinds == {"prompt": "text", "chosen": "messages", "rejected": "messages"}:
+        return _row_of_conversations(sides, place)
+    if len(set(kinds.values())) > 1:
+        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
+    if "prompt" in sides:
+        return PreferenceRow(**sides, place=place)
+    extract = _prompt_of_text if kinds["chosen"] == "text" else _prompt_of_messages
+    prompt, chosen, rejected = extract(sides["chosen"], sides["rejected"], place)
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
 
 
 def split_by_prompt(
@@ -158,6 +188,7 @@ def tokenize_pairs(
     *,
     max_length: int,
     truncation_mode: Truncation = "keep_start",
+    keep_unteachable: bool = False,
     progress: bool = False,
 ) -> tuple[list[TokenizedPair], TokenizationReport]:
     """Token ids of every row that has something to teach, and a report of the others.
@@ -172,6 +203,8 @@ def tokenize_pairs(
         max_length: tokens of prompt + completion to keep, at least 2.
         truncation_mode: "keep_start" cuts the end of what is too long (and leaves out rows whose prompt alone fills
             `max_length`); "keep_end" cuts the start.
+        keep_unteachable: keep pairs with two equal sides, or with an empty one that is its EOS alone, as long as
+            completion tokens are left. TRL trains on them, so whoever scores for TRL must have them.
 
     Raises:
         RowError: the chat template rejects a row.
@@ -185,7 +218,7 @@ def tokenize_pairs(
     report = TokenizationReport(rows=len(rows))
     pairs: list[TokenizedPair] = []
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress, leave=False):
-        pair = _tokenize(row, tokenizer, max_length, truncation_mode, report)
+        pair = _tokenize(row, tokenizer, max_length, truncation_mode, keep_unteachable, report)
         if pair is not None:
             pairs.append(pair)
     report.kept = len(pairs)
@@ -238,7 +271,16 @@ def check_same_tokenizer(policy: Tokenizer, reference: Tokenizer) -> None:
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(place, function that reads the row) of everything in a file or folder; reading may raise RowError."""
-    if path.suffix == ".jsonl":
+    if path.is_dir() and not _is_saved_dataset(path):
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise ValueError(
+                f"{path} is neither a folder written by Dataset.save_to_disk nor one of {', '.join(_SUFFIXES)} files"
+            )
+        for file in files:
+            yield from _raw_rows(file)
+        return
+    if path.suffix == ".jsonl" or (path.suffix == ".json" and _holds_lines(path)):
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -255,6 +297,16 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         raise ValueError(f"cannot read {path}: expected .jsonl, .json, .parquet or a folder written by save_to_disk")
     for number, row in enumerate(rows):
         yield f"{path.name}, row {number}", lambda row=row: row
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a `.json` file holds a row a line, as `Dataset.to_json` writes it, and not one list."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] == b"{"
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json", "dataset_info.json"))
 
 
 def _json(text: bytes, place: str) -> Any:
@@ -282,24 +334,6 @@ def _dataset(path: Path) -> Any:
             raise ValueError(f"{path} holds the splits {sorted(dataset)}: name one of their folders")
         return dataset["train"]
     return dataset
-
-
-def _preference_row(row: Any, place: str) -> PreferenceRow:
-    """A checked row with its prompt made explicit."""
-    if not isinstance(row, dict):
-        raise RowError(f"{place}: expected an object with 'prompt', 'chosen' and 'rejected'; got {type(row).__name__}")
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise RowError(f"{place}: no {name!r}; a preference row needs 'chosen' and 'rejected' (got {sorted(row)})")
-    sides = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
-    kinds = {name: _kind(value, f"{place}: {name!r}") for name, value in sides.items()}
-    if len(set(kinds.values())) > 1:
-        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
-    if "prompt" in sides:
-        return PreferenceRow(**sides, place=place)
-    extract = _prompt_of_text if kinds["chosen"] == "text" else _prompt_of_messages
-    prompt, chosen, rejected = extract(sides["chosen"], sides["rejected"], place)
-    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
 
 
 def _kind(value: Any, place: str) -> str:
@@ -340,6 +374,17 @@ def _prompt_of_messages(
     return chosen[:-1], chosen[-1:], rejected[-1:]
 
 
+def _row_of_conversations(sides: dict[str, Any], place: str) -> PreferenceRow:
+    """Whole conversations beside a text that repeats what the user asked (UltraFeedback): the text must be in them."""
+    prompt, chosen, rejected = _prompt_of_messages(sides["chosen"], sides["rejected"], place)
+    if sides["prompt"] not in [message["content"] for message in prompt]:
+        raise RowError(
+            f"{place}: 'prompt' is a text beside whole conversations, but no message before the last says it: "
+            f"{sides['prompt'][:60]!r}. Leave 'prompt' out, or make it the list of messages before the answer"
+        )
+    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, place=place)
+
+
 def _different_prompts(place: str, chosen: Sequence[Any], rejected: Sequence[Any]) -> str:
     at = _common_prefix(chosen, rejected)
     return (
@@ -349,12 +394,17 @@ def _different_prompts(place: str, chosen: Sequence[Any], rejected: Sequence[Any
 
 
 def _tokenize(
-    row: PreferenceRow, tokenizer: Tokenizer, max_length: int, mode: Truncation, report: TokenizationReport
+    row: PreferenceRow,
+    tokenizer: Tokenizer,
+    max_length: int,
+    mode: Truncation,
+    keep_unteachable: bool,
+    report: TokenizationReport,
 ) -> TokenizedPair | None:
     """The pair's ids, or None after counting why it was left out."""
-    if _is_empty(row.chosen) or _is_empty(row.rejected):
+    if not keep_unteachable and (_is_empty(row.chosen) or _is_empty(row.rejected)):
         return _leave_out(report, _EMPTY)
-    if row.chosen == row.rejected:
+    if not keep_unteachable and row.chosen == row.rejected:
         return _leave_out(report, _EQUAL)
     prompt = _ids(row, tokenizer, row.prompt, None)
     full = [_ids(row, tokenizer, row.prompt, side) for side in (row.chosen, row.rejected)]
@@ -362,7 +412,7 @@ def _tokenize(
     cut = [_truncate(ids, boundary, max_length, mode) for ids in full]
     if any(len(ids) <= prompt_length or len(ids) < 2 for ids, prompt_length in cut):
         return _leave_out(report, _NO_COMPLETION)
-    if cut[0] == cut[1]:
+    if not keep_unteachable and cut[0] == cut[1]:
         return _leave_out(report, f"{_EQUAL} after truncation")
     report.truncated += any(len(ids) > max_length for ids in full)
     report.boundary_merged += boundary < len(prompt)

@@ -181,7 +181,7 @@ class ReferenceStore:
         self.hits = 0
         self.misses = 0
         self._shards: list[Shard] = []
-        self._seen: set[str] = set()
+        self._seen: dict[str, tuple[int, int, int]] = {}  # name → which file was looked at
         self._where: dict[bytes, tuple[int, int]] = {}  # key → (shard, row in it)
         self._elsewhere: dict[bytes, list[tuple[int, int]]] = {}  # further copies, for when the first is damaged
         self._files: OrderedDict[int, Any] = OrderedDict()
@@ -238,26 +238,39 @@ class ReferenceStore:
         Raises:
             StoreError: the folder cannot be read.
         """
-        try:
-            names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name.endswith(SUFFIX))
-        except OSError as error:
-            raise StoreError(f"the space {self.folder} cannot be read: {error.strerror}") from error
         with self._lock:
-            return sum(self._take(name) for name in names if name not in self._seen)
+            before, gone = len(self._shards), set[str]()
+            while True:
+                try:
+                    with os.scandir(self.folder) as entries:
+                        names = sorted(entry.name for entry in entries if entry.name.endswith(SUFFIX))
+                except OSError as error:
+                    raise StoreError(f"the space {self.folder} cannot be read: {error.strerror}") from error
+                lost = {name for name in names if not self._take(name)} - gone
+                if not lost:
+                    return len(self._shards) - before
+                gone |= lost  # merged into another since the folder was read: which one, the next look tells
 
     def _take(self, name: str) -> bool:
-        """Reads a shard's index and remembers where its rows are; False where there is nothing to believe."""
+        """Reads a shard's index, if it is new, and remembers where its rows are; False where the file is gone."""
+        path = self.folder / name
         try:
-            shard = Shard.read(self.folder / name, self.space.name)
+            stat = path.stat()
+            stamp = stat.st_ino, stat.st_mtime_ns, stat.st_size
+            if self._seen.get(name) == stamp:
+                return True
+            self._seen[name] = stamp  # a damaged file may be replaced by its rebuilt self: same content, same name
+            shard = Shard.read(path, self.space.name)
         except FileNotFoundError:
-            return False  # merged into another since the folder was read
+            self._seen.pop(name, None)
+            return False
         except DamageError as error:
-            self._seen.add(name)
             if not isinstance(error, OtherFormatError):
                 self.unreadable.add(name)
             self._report(name, str(error))
-            return False
-        self._seen.add(name)
+            return True
+        self.unreadable.discard(name)
+        self.damaged.pop(name, None)
         self._shards.append(shard)
         number = len(self._shards) - 1
         for row, key in enumerate(shard.keys()):
@@ -560,9 +573,7 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
             writer.add_values(key, values)
     writer.flush()
     with writing(store.folder):
-        abandoned = [
-            p for p in store.folder.glob(".*.tmp") if time.time() - p.stat().st_mtime > _ABANDONED_AFTER_SECONDS
-        ]
+        abandoned = [path for path in store.folder.glob(".*.tmp") if _abandoned(path)]
         for path in {*old, *abandoned} - writer.shards:
             path.unlink(missing_ok=True)
         sync_folder(store.folder)
@@ -575,3 +586,11 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
         shards_before=before.shards,
         bytes_before=before.bytes,
     )
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a file that was written aside is old enough to have no writer any more."""
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS
+    except FileNotFoundError:
+        return False  # it has its own name now

@@ -6,9 +6,9 @@ reference and scores its share of the rows.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -58,25 +58,24 @@ def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
     if config.prune:
         prune_spaces(config, Console())
         return None
-    with processes() as rank:
-        reference = served_reference(config) if config.url else local_reference(config, rank)
-        store, scorer, tokenizer, context = reference
-        policy_tokenizer = tokenizer if config.tokenizer is None else load_tokenizer(config.tokenizer)
-        check_same_tokenizer(policy_tokenizer, tokenizer)
-        pairs, notes = load_pairs(config, policy_tokenizer, context, progress=rank == 0)
-        if rank == 0:
-            for note in notes:
-                console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
-        if config.verify:
-            return verify(config, store, pairs, scorer)
-        rows = rows_of_pairs(pairs)
-        if config.url is not None:
-            from selective_pref_adapters.served import steady
+    rank = process_rank()
+    store, scorer, tokenizer, context = served_reference(config) if config.url else local_reference(config)
+    policy_tokenizer = tokenizer if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    check_same_tokenizer(policy_tokenizer, tokenizer)
+    pairs, notes = load_pairs(config, policy_tokenizer, context, progress=rank == 0)
+    if rank == 0:
+        for note in notes:
+            console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+    if config.verify:
+        return verify(config, store, pairs, scorer)
+    rows = rows_of_pairs(pairs)
+    if config.url is not None:
+        from selective_pref_adapters.served import steady
 
-            scorer = steady(store, rows, scorer)
-        report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
-        if rank == 0:
-            print_report(Console(), config, store, len(pairs), report)
+        scorer = steady(store, rows, scorer)
+    report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
+    if rank == 0:
+        print_report(Console(), config, store, len(pairs), report)
     return report
 
 
@@ -114,7 +113,7 @@ Reference = tuple[ReferenceStore, Scorer, Any, int | None]
 """(its space of the store, how it is asked, its tokenizer, how many tokens it can read)."""
 
 
-def local_reference(config: ScoreConfig, rank: int) -> Reference:
+def local_reference(config: ScoreConfig) -> Reference:
     """The model of `ref_model` on this process's device."""
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
@@ -184,17 +183,15 @@ def _device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-@contextmanager
-def processes() -> Iterator[int]:
-    """This process's rank; under torchrun, inside a process group that only counts and waits."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield dist.get_rank() if dist.is_initialized() else 0
-        return
-    dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
+def process_rank() -> int:
+    """This process's rank; under torchrun, of a process group that only counts and waits.
+
+    The group stays until the process ends: a second one would not find its way past the first one's traces.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -213,6 +210,7 @@ def load_pairs(
         tokenizer,
         max_length=config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH),
         truncation_mode=config.truncation_mode,
+        keep_unteachable=True,  # who trains on them looks for them
         progress=progress,
     )
     notes = report.lines()

@@ -28,6 +28,7 @@ KEY_BYTES = 16
 SUFFIX = ".safetensors"
 _CHECK_BYTES = 8
 _INDEX = ("keys", "offsets", "checksums")
+_ABOUT = "selective-pref reference log-probs"
 
 
 class StoreError(ValueError):
@@ -94,11 +95,11 @@ class Shard:
             raise DamageError(f"cannot be read: {error.strerror}") from error
         if _index_digest(head, parts) + SUFFIX != path.name:
             raise DamageError("header and index do not have the digest that is its name")
-        metadata = header["__metadata__"]
-        if metadata.get("format") != str(FORMAT):
-            raise OtherFormatError(f"written in format {metadata.get('format')}; this version reads {FORMAT}")
-        if metadata.get("space") != space:
-            raise DamageError(f"belongs to another reference ({metadata.get('space')})")
+        about = json.loads(header["__metadata__"][_ABOUT])
+        if about["format"] != FORMAT:
+            raise OtherFormatError(f"written in format {about['format']}; this version reads {FORMAT}")
+        if about["space"] != space:
+            raise DamageError(f"belongs to another reference ({about['space']})")
         offsets = np.frombuffer(parts[1], dtype="<i8")
         return cls(path, size, start + spans["values"][0], parts[0], offsets, parts[2])
 
@@ -134,7 +135,7 @@ def _header(head: bytes) -> dict[str, Any]:
         header = json.loads(head[8:])
         for name in (*_INDEX, "values"):
             _span(header, name)
-        header["__metadata__"].get("format")
+        json.loads(header["__metadata__"][_ABOUT])["format"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamageError("its header is not that of a shard") from error
     return header
@@ -167,7 +168,8 @@ def shard_bytes(rows: Mapping[bytes, bytes], space: str) -> tuple[str, bytes]:
         "checksums": np.frombuffer(checksums, dtype=np.uint8).reshape(-1, _CHECK_BYTES),
         "values": np.frombuffer(b"".join(rows.values()), dtype="<f4"),
     }
-    data = save(tensors, metadata={"format": str(FORMAT), "space": space})
+    about = json.dumps({"format": FORMAT, "space": space})  # one entry: their order would be left to chance
+    data = save(tensors, metadata={_ABOUT: about})
     start = 8 + int.from_bytes(data[:8], "little")
     spans = [_span(_header(data[:start]), name) for name in _INDEX]
     return _index_digest(data[:start], [data[start + first : start + last] for first, last in spans]) + SUFFIX, data

@@ -13,7 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
+from selective_pref_adapters.heads import (
+    frozen_per_token_logps,
+    install_fused_head,
+    model_logps_and_statistics,
+    model_per_token_logps,
+)
 
 TINY = {
     "vocab_size": 64,
@@ -90,7 +95,11 @@ def assert_same(one: Any, other: Any) -> None:
 def count_logits(model: nn.Module) -> list[int]:
     """Numbers of columns that leave the head, call by call."""
     seen: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1].shape[-1]))
+
+    def note(_: nn.Module, __: Any, out: Any) -> None:
+        seen.append((out[0] if isinstance(out, tuple) else out).shape[-1])
+
+    model.get_output_embeddings().register_forward_hook(note)
     return seen
 
 
@@ -104,7 +113,48 @@ def test_architectures(name: str, batch: dict[str, torch.Tensor]) -> None:
     assert columns == [batch["input_ids"].shape[1] - 1]  # log-probs left the head, not 64 logits
     model(input_ids=batch["input_ids"])
     assert columns[-1] == TINY["vocab_size"]  # its own forward is as it was
+    fused, fused_statistics = model_logps_and_statistics(model, batch)
+    plain, statistics = model_logps_and_statistics(make(name), batch)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused_statistics.entropy, statistics.entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused_statistics.mean_logits, statistics.mean_logits, rtol=1e-4, atol=1e-4)
+    assert fused_statistics.is_top1.equal(statistics.is_top1)
+    off = batch["completion_mask"][:, 1:] == 0
+    assert not any(part[off].any() for part in (fused_statistics.entropy, statistics.entropy, statistics.is_top1))
     assert install_fused_head(model)
+
+
+def test_what_is_decided_at_the_first_call(batch: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    """For a model that an engine will cast or shard first: nothing is tried before, and the answer is the same."""
+    model = make("llama")
+    dense = logps_and_gradients(model, batch)
+    columns = count_logits(model)
+    assert install_fused_head(model, at_first_call=True)
+    assert install_fused_head(model)
+    assert not columns
+    assert_same(logps_and_gradients(model, batch), dense)
+    assert columns[-1] == batch["input_ids"].shape[1] - 1
+    other = make("llama")
+    other.lm_head.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    expected = model_per_token_logps(other, batch)
+    assert install_fused_head(other, at_first_call=True)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(model_per_token_logps(other, batch), expected)
+        torch.testing.assert_close(model_logps_and_statistics(other, batch)[0], expected)
+    assert caplog.text.count("served by its logits") == 1
+
+
+def test_a_soft_prompt_is_left_out(batch: dict[str, torch.Tensor]) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(5)
+    model = get_peft_model(make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    dense = logps_and_gradients(model, batch)
+    assert install_fused_head(model)
+    assert_same(logps_and_gradients(model, batch), dense)
+    assert dense[0].shape == batch["input_ids"][:, 1:].shape
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(model_per_token_logps(model, batch), dense[0])
 
 
 def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:

@@ -45,9 +45,13 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows))
     dataset.to_parquet(str(tmp_path / "a.parquet"))
     dataset.save_to_disk(str(tmp_path / "plain"))
+    dataset.to_json(str(tmp_path / "lines.json"))
     DatasetDict(train=dataset).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "files" / "data").mkdir(parents=True)
+    dataset.select(range(4)).to_parquet(str(tmp_path / "files" / "data" / "train-0.parquet"))
+    dataset.select(range(4, 6)).to_parquet(str(tmp_path / "files" / "data" / "train-1.parquet"))
     expected = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
-    for name in ("a.jsonl", "a.json", "a.parquet", "plain", "splits"):
+    for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "plain", "splits", "files"):
         assert [(r.prompt, r.chosen, r.rejected) for r in read_rows(tmp_path / name)] == expected, name
 
 
@@ -79,6 +83,20 @@ def test_implicit_prompts(tmp_path: Path) -> None:
         [message("assistant", "w2")],
     )
     assert (text.prompt, text.chosen, text.rejected) == ("\n\nHuman: w0\n\nAssistant:", " w1", " w2")
+
+
+def test_a_text_prompt_beside_whole_conversations_must_be_what_they_begin_with(tmp_path: Path) -> None:
+    """UltraFeedback's form: the prompt is said twice."""
+    turns = [message("system", "w9"), message("user", "w0")]
+    row = {"chosen": [*turns, message("assistant", "w1")], "rejected": [*turns, message("assistant", "w2")]}
+    (read,) = read_rows(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "w0", **row}]))
+    assert (read.prompt, read.chosen, read.rejected) == (
+        turns,
+        [message("assistant", "w1")],
+        [message("assistant", "w2")],
+    )
+    with pytest.raises(RowError, match=r"b\.jsonl:1: 'prompt' is a text beside whole conversations, but no message"):
+        read_rows(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "w3", **row}]))
 
 
 GOOD = {"prompt": "w0", "chosen": "w1", "rejected": "w2"}
@@ -139,9 +157,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         read_rows(tmp_path / "a.parquet")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="not a folder written by"):
+    with pytest.raises(ValueError, match="neither a folder written by"):
         read_rows(tmp_path / "folder")
-    (tmp_path / "a.json").write_text('{"prompt": "x"}')
+    (tmp_path / "a.json").write_text('"prompt"')
     with pytest.raises(RowError, match="expected a list of rows"):
         read_rows(tmp_path / "a.json")
 
@@ -240,6 +258,10 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer) -> None:
         }
     )
     assert any("2 of 6 pairs left out: empty completion" in line for line in report.lines())
+    kept, report = tokenize_pairs(rows, tokenizer, max_length=3, keep_unteachable=True)
+    assert len(kept) == 4
+    assert report.left_out == Counter({"no completion left after truncation": 2})
+    assert kept[2].chosen_ids == kept[2].rejected_ids
 
 
 def test_options_and_tokenizers_that_do_not_work(tokenizer) -> None:

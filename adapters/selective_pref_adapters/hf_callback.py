@@ -1,0 +1,346 @@
+"""The third of the three objects of `hf_trainer`: what a run is told step by step, and what it says of itself.
+
+In: schedules of the ratio and of β, and how patient to be. Out: the loss gets its numbers, the logs get the selection's
+statistics (means over all processes), a person gets warnings and pictures. It also checks a `Trainer` while that is
+being built: everything that would train wrongly, or stop late, stops there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, variance
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from selective_pref import PreferenceLoss
+from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
+from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
+from selective_pref_adapters.hf_checks import check_rows, check_schedules, check_trainer, context_of, datasets_of
+from selective_pref_adapters.hf_collator import MAX_LENGTH
+from selective_pref_adapters.hf_loss import DISTANCE, SKIPPED, SelectivePreferenceLoss, Window
+from selective_pref_adapters.monitoring import SELF_REFERENCE, mean_over_pairs, same_weights
+from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.selection_picture import picture_rows, write_picture
+
+logger = logging.getLogger(__name__)
+
+SIGNS = {
+    "self_reference": SELF_REFERENCE,
+    "falling": (
+        "the full-sequence margin ({prefix}rewards/margins) is falling: the policy moves towards the rejected "
+        "responses. Look at the learning rate, at swapped pairs, and at whether the reference prefers the chosen side"
+    ),
+    "below_half": (
+        "the full-sequence accuracy ({prefix}rewards/accuracies) has been below one half for long. Beside a reference "
+        "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
+    ),
+    "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
+    "find them and score them again",
+    "ties": (
+        "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
+        "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
+        "to 1"
+    ),
+}
+"""What a run that looks wrong is told, by kind."""
+
+_SHORT = {"beta": "selection/beta", "selection_ratio": "selection/ratio"}
+
+
+class SelectionCallback(TrainerCallback, ExportableState):
+    """Schedules, statistics, warnings and pictures: ``Trainer(callbacks=[SelectionCallback()])``.
+
+    Args:
+        beta, selection_ratio: schedules over optimiser steps, as ``Schedule(start=1.0, end=0.4, steps=100)``; None for
+            the loss's own number. The step comes from the Trainer, so a resumed run goes on where it stood.
+            Evaluations use the end of the schedule: they must be comparable.
+        patience: how many logs in a row have to look wrong before a warning.
+        picture_pairs: draw the selection of so many pairs, the first of the evaluation set, at each evaluation, into
+            `selection/step-….svg` in the output folder.
+
+    Attributes:
+        warnings: {"step", "kind", "message"} of each warning that was given.
+
+    Raises:
+        TypeError, ValueError: while the Trainer is being built: see `attach`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: Schedule | Mapping[str, Any] | None = None,
+        selection_ratio: Schedule | Mapping[str, Any] | None = None,
+        patience: int = 10,
+        picture_pairs: int = 0,
+    ) -> None:
+        given = {"beta": beta, "selection_ratio": selection_ratio}
+        self.schedules = {name: _schedule(name, value) for name, value in given.items() if value is not None}
+        if patience < 2 or picture_pairs < 0:
+            raise ValueError(f"patience must be at least 2, picture_pairs 0; got {patience} and {picture_pairs}")
+        self.patience = patience
+        self.picture_pairs = picture_pairs
+        self.warnings: list[dict[str, Any]] = []
+        self.history: dict[str, list[list[float]]] = {}  # [margin / β, accuracy] of the last logs, by prefix
+        self.trainer: Any = None
+        self._drawn_at = -1
+
+    def state(self) -> dict[str, Any]:
+        """What checkpoints keep: the options, and what the warnings look back on."""
+        schedules = {name: None if (s := self.schedules.get(name)) is None else asdict(s) for name in _SHORT}
+        return {
+            "args": {**schedules, "patience": self.patience, "picture_pairs": self.picture_pairs},
+            "attributes": {"warnings": self.warnings, "history": self.history},
+        }
+
+    # --- the trainer -------------------------------------------------------------------------------------------------
+
+    def attach(self, trainer: Trainer) -> None:
+        """Checks the trainer and lets its logs carry the statistics. A `Trainer` that is being built does this itself.
+
+        Raises:
+            TypeError, ValueError: a collator or loss that is not ours, an argument that does not go together with
+                them, no reference or two, rows that a model cannot read. Each message says what to change.
+            MissingRowsError: the store lacks rows of the training or evaluation set.
+        """
+        loss, collator = trainer.compute_loss_func, trainer.data_collator
+        check_trainer(trainer)
+        if sum(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks) > 1:
+            raise ValueError("one SelectionCallback is enough: two would set the same schedule")
+        check_schedules(loss, self.schedules)
+        self.trainer = trainer
+        loss.windows = {"train": Window(), "eval": Window()}
+        loss.final = {name: schedule.end for name, schedule in self.schedules.items()}
+        trainer.model_accepts_loss_kwargs = False  # the model computes no loss, so it gets no count of items
+        # Predictions would have two rows a pair, of which the Trainer would cut the wrong ones off.
+        trainer.args.prediction_loss_only = True
+        for reference in loss.references.values():
+            reference.policy = functools.partial(_runnable, trainer)
+        # A model that `model_init` makes later has the head it was born with.
+        collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
+        if collator.max_length is None:
+            models = (trainer.model, *(reference.model for reference in loss.references.values()))
+            collator.max_length = min([MAX_LENGTH, *filter(None, map(context_of, models))])
+        for name, dataset in datasets_of(trainer):
+            check_rows(name, dataset, collator, trainer.model, list(loss.references.values()))
+        _let_logs_carry_statistics(trainer)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The end of `Trainer.__init__`."""
+        self.attach(_calling_trainer())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes up what a checkpoint says of the run so far."""
+        if self.trainer is None:  # added to a finished Trainer, or made anew from a checkpoint by it
+            self.attach(_calling_trainer())
+        if state.global_step == 0:
+            self.warnings, self.history, self._drawn_at = [], {}, -1
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored is not None and state.global_step > 0:
+            if stored["args"] != self.state()["args"]:
+                logger.warning(
+                    "the run is resumed with other options of %s than it was started with: %s, then %s",
+                    type(self).__name__,
+                    stored["args"],
+                    self.state()["args"],
+                )
+            for name, value in stored["attributes"].items():
+                setattr(self, name, value)
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        for window in self.loss.windows.values():
+            window.clear()
+        if state.global_step == 0 and self._selects and _reference_is_policy(self.trainer):
+            self._warn("self_reference")
+        self._set_numbers(state.global_step)
+
+    @property
+    def loss(self) -> SelectivePreferenceLoss:
+        """The loss of the trainer that this callback is attached to."""
+        return self.trainer.compute_loss_func
+
+    # --- schedules ---------------------------------------------------------------------------------------------------
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The numbers of this optimiser step."""
+        self._set_numbers(state.global_step)
+        self.loss.windows["eval"].clear()  # of an evaluation that did not come to its end
+
+    def _set_numbers(self, step: int) -> None:
+        self.loss.now = {name: schedule(step) for name, schedule in self.schedules.items()}
+        self.loss.where = f"step {step + 1}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the first step: did the reference say what the initial policy said?"""
+        window = self.loss.windows["train"]
+        if state.global_step == 1 and self._selects and DISTANCE in window.names:
+            sums = {DISTANCE: window.sums[window.names.index(DISTANCE)], "pairs": window.sums.new_tensor(window.pairs)}
+            seen = mean_over_pairs([sums], [1])
+            distance = seen[DISTANCE] / seen["pairs"] if seen["pairs"] else 1.0
+            low_precision = args.bf16 or args.fp16 or next(self.trainer.model.parameters()).dtype != torch.float32
+            if distance < (2e-2 if low_precision else 1e-3):
+                self._warn("self_reference")
+
+    @property
+    def _selects(self) -> bool:
+        """Whether the loss ever looks at some of the tokens only."""
+        final = {**self.loss.options, **self.loss.final}["selection_ratio"]
+        return "selection_ratio" in self.loss.schedulable and final < 1
+
+    # --- logs --------------------------------------------------------------------------------------------------------
+
+    def add_statistics(self, logs: dict[str, float]) -> None:
+        """Puts the means since the last log, over all processes, into a log that the Trainer is about to write."""
+        windows = self.loss.windows
+        if "loss" in logs and "learning_rate" in logs:
+            for name in sorted(self.loss.schedulable):
+                logs[_SHORT[name]] = self.loss.now.get(name, self.loss.options[name])
+            self._take(logs, windows["train"].close(), "")
+        elif windows["eval"].sums is not None:
+            for prefix in [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]:
+                if f"{prefix}loss" in logs:
+                    self._take(logs, windows["eval"].close(), prefix)
+
+    def _take(self, logs: dict[str, float], values: dict[str, float], prefix: str) -> None:
+        skipped = values.get(SKIPPED, 0.0)
+        unlogged = {"loss", DISTANCE} | (set() if self.loss.non_finite == "skip" else {SKIPPED})
+        logs.update({f"{prefix}{name}": value for name, value in values.items() if name not in unlogged})
+        selects = logs.get("selection/ratio", 1.0) < 1
+        if "rewards/margins" in values:
+            seen = self.history.setdefault(prefix, [])
+            beta = logs.get("selection/beta", 1.0)  # a schedule of β moves the margin, too
+            seen.append([values["rewards/margins"] / beta, values["rewards/accuracies"]])
+            patience = max(3, self.patience // 3) if prefix else self.patience
+            del seen[: -2 * patience]
+            for kind in wrong_signs(seen, patience):
+                self._warn(kind, prefix)
+        if skipped:
+            self._warn("non_finite", prefix)
+        if selects and values.get("selection/tied_fraction", 0.0) > 0.5:
+            self._warn("ties", prefix)
+
+    def _warn(self, kind: str, prefix: str = "") -> None:
+        """Once in a run: in the attribute on every process, on the screen of the first."""
+        if any(given["kind"] == kind for given in self.warnings):
+            return
+        step, message = self.trainer.state.global_step, SIGNS[kind].format(prefix=prefix)
+        self.warnings.append({"step": step, "kind": kind, "message": message})
+        if self.trainer.is_world_process_zero():
+            logger.warning("step %d: %s", step, message)
+
+    # --- evaluations -------------------------------------------------------------------------------------------------
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """`Trainer.predict` writes no log, but returns its metrics."""
+        self.add_statistics(metrics)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draws the fixed pairs, once a step."""
+        sets = [dataset for name, dataset in datasets_of(self.trainer) if name.startswith("eval")]
+        if not self.picture_pairs or not sets or self._drawn_at == state.global_step:
+            return
+        self._drawn_at = state.global_step
+        rows = [sets[0][place] for place in range(min(self.picture_pairs, len(sets[0])))]
+        out, places = self._preferences(rows)
+        if self.trainer.is_world_process_zero():
+            tokenizer = self.trainer.data_collator.tokenizer
+            pairs = self.trainer.data_collator.pairs(rows)
+            ids = [[pair.chosen_ids[1:], pair.rejected_ids[1:]] for pair in pairs]
+            shown = list(picture_rows(out, ids, places, tokenizer))
+            write_picture(Path(args.output_dir) / "selection" / f"step-{state.global_step:06d}.svg", shown)
+
+    def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
+        """What the loss says of these pairs now. Every process runs it: weights may be sharded."""
+        trainer, windows = self.trainer, self.loss.windows
+        labels = trainer._prepare_inputs(trainer.data_collator(rows))["labels"]
+        model = _runnable(trainer)
+        model.eval()
+        self.loss.windows = None  # not a part of the evaluation's statistics
+        try:
+            with torch.no_grad():
+                out, _ = self.loss.preferences(frozen_per_token_logps(model, labels), labels)
+        finally:
+            self.loss.windows = windows
+        return out, labels.places
+
+
+def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
+    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
+
+    "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
+    errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.
+    """
+    if len(seen) < 2 * patience:
+        return []
+    margins, accuracies = zip(*seen[-2 * patience :], strict=True)
+    earlier, later = margins[:patience], margins[patience:]
+    error = ((variance(earlier) + variance(later)) / patience) ** 0.5
+    found = ["falling"] if mean(later) < mean(earlier) - 3 * error else []
+    return found + (["below_half"] if max(accuracies) < 0.5 else [])
+
+
+# --- the trainer from outside --------------------------------------------------------------------------------------
+
+
+def _schedule(name: str, value: Schedule | Mapping[str, Any]) -> Schedule:
+    if isinstance(value, (Schedule, Mapping)):
+        return value if isinstance(value, Schedule) else Schedule(**value)
+    raise TypeError(
+        f"{name} must be a Schedule(start=..., end=..., steps=...); got {value!r}: a constant belongs into "
+        f"SelectivePreferenceLoss({name}=...)"
+    )
+
+
+def _runnable(trainer: Any) -> Any:
+    """The policy as it is to be called without a gradient: inside the engine where one shards its weights."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return trainer.model_wrapped if sharded else trainer.model
+
+
+def _reference_is_policy(trainer: Any) -> bool:
+    """Whether a reference of its own has the policy's weights, where both are whole."""
+    reference = trainer.compute_loss_func.references.get(SCORING_REF_LOGPS)
+    reference = reference or trainer.compute_loss_func.references.get(REF_LOGPS)
+    if reference is None or reference.adapters_off:
+        return False  # the first step tells
+    models = (trainer.model, reference.model)
+    whole = not any(hasattr(parameter, "ds_id") for model in models for parameter in model.parameters())
+    return whole and not trainer.is_fsdp_enabled and same_weights(*models)
+
+
+def _let_logs_carry_statistics(trainer: Any) -> None:
+    """Everything that the Trainer logs goes through its `log`, before `log_history` and before any logger."""
+    write = trainer.log
+    if hasattr(write, "carries_statistics"):
+        return
+
+    @functools.wraps(write)
+    def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, SelectionCallback):
+                callback.add_statistics(logs)
+        write(logs, *args, **kwargs)
+
+    log.carries_statistics = True  # type: ignore[attr-defined]
+    trainer.log = log
+
+
+def _calling_trainer() -> Trainer:
+    """The Trainer that is calling a callback.
+
+    transformers hands callbacks the model, the arguments and the state, but not the Trainer, whose collator and loss
+    have to be checked before training and whose `log` is the one place that every logger hears. Its methods are on the
+    stack, though.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+        frame = frame.f_back
+    raise RuntimeError("no Trainer calls SelectionCallback here: call its attach(trainer) once the trainer is built")

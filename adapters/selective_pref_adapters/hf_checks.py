@@ -1,0 +1,147 @@
+"""Checks of a `Trainer` while it is being built: whatever would train wrongly, or stop late, stops there.
+
+In: the trainer with its loss, collator, arguments and data sets. Out: nothing, or an error that says what to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
+from selective_pref_adapters.hf_collator import PreferenceCollator
+from selective_pref_adapters.hf_loss import NO_REFERENCE, SelectivePreferenceLoss
+from selective_pref_adapters.objectives import Schedule
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises TypeError or ValueError at the first argument that would train wrongly, or not at all."""
+    args, loss, collator = trainer.args, trainer.compute_loss_func, trainer.data_collator
+    if not isinstance(loss, SelectivePreferenceLoss):
+        raise TypeError(f"SelectionCallback needs compute_loss_func=SelectivePreferenceLoss(...); got {loss!r:.80}")
+    if not isinstance(collator, PreferenceCollator):
+        raise TypeError(
+            "the loss needs completion masks and reference log-probs, which other collators do not make: pass "
+            f"data_collator=PreferenceCollator(tokenizer); got {type(collator).__name__}"
+        )
+    workers = args.accelerator_config
+    for wrong, message in (
+        (args.remove_unused_columns, "remove_unused_columns=True takes the pairs' columns away: set it to False"),
+        (
+            args.label_smoothing_factor != 0,
+            "label_smoothing_factor smooths token labels and is not read beside compute_loss_func: leave it at 0 and "
+            "set SelectivePreferenceLoss(label_smoothing=...)",
+        ),
+        (
+            args.n_gpu > 1,
+            f"DataParallel over {args.n_gpu} GPUs would tear pairs apart: start one process a GPU (torchrun "
+            "--nproc_per_node), or show one GPU (CUDA_VISIBLE_DEVICES=0)",
+        ),
+        (
+            workers.split_batches or workers.dispatch_batches,
+            "split_batches and dispatch_batches tear pairs apart (a batch is chosen rows, then rejected rows): set "
+            "both to False in accelerator_config",
+        ),
+        (
+            args.world_size > 1 and workers.dispatch_batches is None and _streams(trainer),
+            "an IterableDataset on several processes is dispatched, which tears pairs apart: set "
+            "accelerator_config={'dispatch_batches': False}",
+        ),
+        (args.use_liger_kernel, "use_liger_kernel replaces the forward that the fused head stands in: set it to False"),
+        (
+            trainer.compute_metrics is not None,
+            "compute_metrics gets two rows a pair, of which the Trainer cuts the wrong ones off: leave it out; the "
+            "selection's metrics are logged at every evaluation",
+        ),
+        (
+            list(trainer.label_names) != ["labels"],
+            f"the Trainer looks for labels named {list(trainer.label_names)}, so evaluations would have no loss: set "
+            "label_names=['labels']",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+    check_references(trainer)
+
+
+def check_references(trainer: Trainer) -> None:
+    """Raises ValueError unless there is exactly one reference where the objective reads one."""
+    loss, stores = trainer.compute_loss_func, trainer.data_collator.stores
+    for key, name in ((REF_LOGPS, "ref"), (SCORING_REF_LOGPS, "scoring_ref")):
+        given = [option for option in (f"{name}_store",) if option in stores]
+        given += [f"{name}_model"] if key in loss.references else []
+        if len(given) > 1:
+            raise ValueError(f"both {given[0]} and {given[1]} are given: leave one of them out")
+        if given and not loss.reads_reference:
+            raise ValueError(f"objective {loss.objective!r} reads no reference: leave {given[0]} out")
+        if given and key == SCORING_REF_LOGPS and loss.objective == "dpo":
+            raise ValueError(f"objective 'dpo' selects no tokens: leave {given[0]} out")
+        if not given and key == REF_LOGPS and loss.reads_reference:
+            raise ValueError(NO_REFERENCE.format(objective=loss.objective))
+    for reference in loss.references.values():
+        if reference.model is trainer.model and not reference.adapters_off:
+            raise ValueError(
+                "the reference is the policy itself and would move with it: load a second copy (PEFT models may be "
+                "their own reference: their adapters are switched off)"
+            )
+        if reference.adapters_off and reference.model is not trainer.model:
+            raise ValueError("the reference is another PEFT model, which could be trained: requires_grad_(False) it")
+
+
+def check_schedules(loss: SelectivePreferenceLoss, schedules: Mapping[str, Schedule]) -> None:
+    """Raises ValueError where the objective does not read a scheduled number, or refuses one of its values."""
+    for name, schedule in schedules.items():
+        if name not in loss.schedulable:
+            raise ValueError(f"objective {loss.objective!r} does not read {name}: leave its schedule out")
+        for value in (schedule.start, schedule.end):
+            loss.check(**{name: value})
+
+
+def check_rows(name: str, dataset: Any, collator: PreferenceCollator, model: Any, references: Sequence[Any]) -> None:
+    """Raises where a row is no pair, is longer or has other ids than a model can read, or is lacking in a store."""
+    pairs = collator.pairs(dataset, name)
+    if not pairs:
+        raise ValueError(f"{name} is empty")
+    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
+    for who, its_model in (("policy", model), *(("reference", reference.model) for reference in references)):
+        context, size = context_of(its_model), getattr(_text_config(its_model), "vocab_size", None)
+        if context is not None and longest > context:
+            raise ValueError(
+                f"{name} holds {longest} tokens in one row, more than the {who} can read ({context}): set max_length"
+            )
+        if size is not None and highest >= size:
+            raise ValueError(
+                f"{name} holds token id {highest}, outside the {who}'s vocabulary of {size}: tokenizer and model do "
+                "not belong together"
+            )
+    for store in collator.stores.values():
+        store.check(pairs)
+
+
+def datasets_of(trainer: Trainer) -> list[tuple[str, Any]]:
+    """(name, data set) of those whose rows can be counted."""
+    evaluation = trainer.eval_dataset
+    several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    named = [("train_dataset", trainer.train_dataset)]
+    named += [(f"eval_dataset {name}".strip(), dataset) for name, dataset in several.items()]
+    return [(name, dataset) for name, dataset in named if hasattr(dataset, "__len__")]
+
+
+def context_of(model: Any) -> int | None:
+    """How many tokens a model can read, where its configuration says so."""
+    return getattr(_text_config(model), "max_position_embeddings", None)
+
+
+def _streams(trainer: Trainer) -> bool:
+    sets = [trainer.train_dataset, trainer.eval_dataset]
+    sets += trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else []
+    return any(isinstance(dataset, torch.utils.data.IterableDataset) for dataset in sets)
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,0 +1,870 @@
+"""The plain Hugging Face Trainer with our loss, collator and callback, for real on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from selective_pref import NonFiniteError, dpo_loss, selective_dpo_loss, sft_loss, simpo_loss
+from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
+from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
+from selective_pref_adapters.hf_callback import wrong_signs
+from selective_pref_adapters.hf_loss import OnlineReference
+from selective_pref_adapters.hf_trainer import (
+    PreferenceCollator,
+    Schedule,
+    SelectionCallback,
+    SelectivePreferenceLoss,
+    SelectivePreferenceMixin,
+    SelectivePreferenceTrainer,
+)
+from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
+from selective_pref_adapters.reference_cache import MissingRowsError, ReferenceStore
+from selective_pref_adapters.scoring import fill_store, reference_space
+from selective_pref_adapters.selection_picture import PictureRow, selection_picture
+from tiny import make_model, text_rows, write_jsonl
+from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory
+
+Run = Callable[..., Trainer]
+ROOT = Path(__file__).resolve().parents[2]
+UNTIMED = ("runtime", "per_second", "flos")
+
+
+def model_of(folder: Path | str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(policy_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(policy_folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[TokenizedPair]:
+    rows = read_rows(write_jsonl(tmp_path_factory.mktemp("hf") / "pairs.jsonl", text_rows(40)))
+    return tokenize_pairs(rows, tokenizer, max_length=64)[0]
+
+
+@pytest.fixture(scope="module")
+def store(
+    tokenizer: Any, pairs: list[TokenizedPair], reference_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ReferenceStore:
+    reference = model_of(reference_folder)
+    made = ReferenceStore.create(tmp_path_factory.mktemp("store"), reference_space(reference, tokenizer))
+    fill_store(made, pairs, reference, pad_token_id=0, progress=False)
+    return made
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    def make(**options: Any) -> TrainingArguments:
+        settings = {
+            "output_dir": str(tmp_path / "out"),
+            "remove_unused_columns": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "train_sampling_strategy": "sequential",
+        }
+        return TrainingArguments(**{**settings, **options})
+
+    return make
+
+
+@pytest.fixture
+def build(
+    arguments: Callable[..., TrainingArguments],
+    tokenizer: Any,
+    pairs: list[TokenizedPair],
+    policy_folder: Path,
+    reference_folder: Path,
+) -> Run:
+    """A plain Trainer with the three objects; `options` of this function first, the others are TrainingArguments."""
+
+    def make(
+        *,
+        model: Any = None,
+        loss: SelectivePreferenceLoss | None = None,
+        callback: SelectionCallback | None = None,
+        collator: Any = None,
+        train: Any = None,
+        evaluation: Any = None,
+        extra: list[TrainerCallback] | None = None,
+        trainer_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Trainer:
+        return Trainer(
+            model=model or model_of(policy_folder),
+            args=arguments(**options),
+            train_dataset=pairs[:30] if train is None else train,
+            eval_dataset=evaluation,
+            data_collator=collator or PreferenceCollator(tokenizer),
+            compute_loss_func=loss or SelectivePreferenceLoss(ref_model=model_of(reference_folder)),
+            callbacks=[callback or SelectionCallback(), *(extra or [])],
+            **(trainer_options or {}),
+        )
+
+    return make
+
+
+def logged(trainer: Trainer, key: str = "loss") -> list[dict[str, float]]:
+    """The log's lines that hold `key`, without what depends on the clock."""
+    lines = [line for line in trainer.state.log_history if key in line]
+    return [{n: v for n, v in line.items() if not any(word in n for word in UNTIMED)} for line in lines]
+
+
+def callback_of(trainer: Trainer) -> SelectionCallback:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, SelectionCallback))
+
+
+def assert_alike(ours: list[dict[str, float]], theirs: list[dict[str, float]], **tolerance: float) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, **(tolerance or {"rel": 1e-4, "abs": 1e-5}))
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_cores_on_the_same_log_probs(
+    tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path, reference_folder: Path
+) -> None:
+    """From logits or log-probs, with an online reference or a store, divided by what the Trainer counts."""
+    model, batch = model_of(policy_folder), PreferenceCollator(tokenizer)(pairs[:6])
+    labels, outputs = batch["labels"], model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logps = model_per_token_logps(model, collate(pairs[:6], 0))
+    ref_logps = frozen_per_token_logps(model_of(reference_folder).eval(), labels)
+    sides, bare = responses(labels, logps, ref_logps), responses(labels, logps)
+    expected = {
+        "selective_dpo": selective_dpo_loss(*sides, beta=0.3, selection_ratio=0.5, pool="pair", label_smoothing=0.1),
+        "dpo": dpo_loss(*sides, beta=0.3, label_smoothing=0.1),
+        "simpo": simpo_loss(*bare, beta=0.3, gamma=0.7, label_smoothing=0.1),
+        "sft": sft_loss(*bare),
+    }
+    numbers = {"beta": 0.3, "label_smoothing": 0.1}
+    options = {
+        "selective_dpo": {**numbers, "selection_ratio": 0.5, "selection_pool": "pair"},
+        "dpo": numbers,
+        "simpo": {**numbers, "gamma": 0.7},
+        "sft": {},
+    }
+    count = (labels[..., 1:].ne(-100).sum() + 2 * labels.ne(-100).sum()).item()  # as the Trainer counts three batches
+    assert count == 3 * 6
+    for name, out in expected.items():
+        reference = {"ref_model": model_of(reference_folder)} if name in ("selective_dpo", "dpo") else {}
+        loss = SelectivePreferenceLoss(name, **options[name], **reference)
+        for answer in (outputs, logps):
+            value = loss(answer, labels, num_items_in_batch=count)
+            torch.testing.assert_close(value, out.loss / 3)
+            assert value.requires_grad
+    stored = PreferenceCollator(tokenizer, ref_store=store)(pairs[:6])["labels"]
+    assert torch.equal(from_bits(stored[REF_LOGPS]), ref_logps)
+    custom = SelectivePreferenceLoss(lambda *pair: dpo_loss(*pair, beta=0.3))
+    torch.testing.assert_close(custom(logps, stored, 6), dpo_loss(*sides, beta=0.3).loss)
+
+
+def test_scoring_references_select_and_do_not_anchor(
+    tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path, tmp_path: Path
+) -> None:
+    other = model_of(make_model(tmp_path / "other", seed=7))
+    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    logps = model_per_token_logps(model_of(policy_folder), labels)
+    anchor, scoring = from_bits(labels[REF_LOGPS]), frozen_per_token_logps(other.eval(), labels)
+    chosen, rejected = responses(labels, logps, anchor)
+    difference = torch.chunk(scoring - logps.detach(), 2)
+    expected = selective_dpo_loss(
+        chosen, rejected, beta=0.01, selection_ratio=0.4, scores=(difference[0], -difference[1])
+    )
+    loss = SelectivePreferenceLoss(scoring_ref_model=other)
+    torch.testing.assert_close(loss(logps, labels, 4), expected.loss)
+
+
+def test_both_ways_give_the_same_numbers(build: Run, arguments: Any, tokenizer: Any, pairs: Any) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
+    schedule = {
+        "selection_ratio": Schedule(start=1.0, end=0.4, steps=3),
+        "beta": Schedule(start=0.1, end=0.01, steps=2),
+    }
+    plain = build(evaluation=pairs[30:], callback=SelectionCallback(**schedule), **options)
+    plain.train()
+    loss = plain.compute_loss_func
+    again = SelectivePreferenceLoss(ref_model=copy.deepcopy(loss.references[REF_LOGPS].model))
+
+    class Mine(SelectivePreferenceMixin, Trainer):
+        """Adds nothing to the loss and looks at what is logged."""
+
+        seen: list[dict[str, float]] = []  # noqa: RUF012
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            self.seen.append(dict(logs))
+            super().log(logs, *args, **kwargs)
+
+    torch.manual_seed(0)
+    mine = Mine(
+        model=model_of(plain.model.config._name_or_path),
+        args=arguments(**options),
+        train_dataset=pairs[:30],
+        eval_dataset=pairs[30:],
+        processing_class=tokenizer,
+        preference_loss=again,
+        selection_callback=SelectionCallback(**schedule),
+    )
+    mine.train()
+    assert logged(mine) == logged(plain)
+    assert logged(mine, "eval_loss") == logged(plain, "eval_loss")
+    assert len(logged(mine)) == 4
+    assert any("selection/fraction" in logs for logs in mine.seen)
+    for ours, theirs in zip(mine.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_twenty_steps_are_those_of_the_deepspeed_loop(
+    policy_folder: Path, reference_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    loop = loop_trajectory(policy_folder, reference_folder, pairs_file, tmp_path / "loop")
+    ours = hf_trajectory(policy_folder, reference_folder, pairs_file, tmp_path / "hf")
+    assert len(ours) == len(loop) == STEPS
+    for name in COMPARED:
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in loop], rel=2e-4, abs=2e-6), name
+    assert ours[0]["loss"] != pytest.approx(ours[-1]["loss"], rel=1e-3)  # it moved
+
+
+def test_accumulation_makes_the_steps_of_a_larger_batch(build: Run, pairs: list[TokenizedPair]) -> None:
+    """Uneven ends of the epoch included: 27 pairs are 8 + 8 + 8 + 3, or micro-batches of 2 with a last one of 1."""
+    options = {"num_train_epochs": 2, "max_steps": -1, "train": pairs[:27]}
+    whole = build(per_device_train_batch_size=8, **options)
+    parts = build(per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    for trainer in (whole, parts):
+        trainer.train()
+        assert len(logged(trainer)) == 8
+    names = {"loss", "grad_norm", *COMPARED}
+    ours, theirs = ([{n: line[n] for n in names} for line in logged(trainer)] for trainer in (parts, whole))
+    assert_alike(ours, theirs)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_store_gives_the_numbers_of_the_online_reference(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
+) -> None:
+    """Bit for bit, also in data-loader workers."""
+    options = {"evaluation": pairs[30:], "eval_strategy": "steps", "eval_steps": 4}
+    online = build(**options)
+    stored = build(
+        loss=SelectivePreferenceLoss(),
+        collator=PreferenceCollator(tokenizer, ref_store=store),
+        dataloader_num_workers=1,
+        **options,
+    )
+    for trainer in (online, stored):
+        trainer.train()
+    assert logged(stored) == logged(online)
+    assert logged(stored, "eval_loss") == logged(online, "eval_loss")
+
+
+def test_rows_of_every_kind_make_the_same_batch(tokenizer: Any, pairs: list[TokenizedPair]) -> None:
+    collator, rows = PreferenceCollator(tokenizer, max_length=64), text_rows(40)[:4]
+    expected = collator(pairs[:4])
+    raw = collator(rows)
+    table = collator(list(Dataset.from_list([vars(pair) for pair in pairs[:4]])))
+    from_table = collator(list(Dataset.from_list(rows)))
+    for batch in (raw, table, from_table):
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert torch.equal(batch["labels"]["completion_mask"], expected["labels"]["completion_mask"])
+    assert raw["labels"].places[2] == "batch, row 2"
+    assert table["labels"].places == [pair.place for pair in pairs[:4]]
+    for broken, message in (
+        ([{}], "set remove_unused_columns=False"),
+        ([{"prompt": "w0", "chosen": "w1"}], "batch, row 0: no 'rejected'"),
+        ([{"prompt": "w0", "chosen": "w1", "rejected": "w1"}], "batch, row 0 cannot be trained on: .*are equal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collator(broken)
+    with pytest.raises(TypeError, match="a row must be a TokenizedPair or a dict"):
+        collator(["w0"])
+
+
+def test_a_dataset_of_raw_rows_trains(build: Run, pairs: list[TokenizedPair]) -> None:
+    rows = Dataset.from_list(text_rows(30))
+    raw, stream, ready = build(train=rows), build(train=rows.to_iterable_dataset()), build()
+    for trainer in (raw, stream, ready):
+        trainer.train()
+    assert logged(raw) == logged(ready)
+    assert [line["loss"] for line in logged(stream)] == [line["loss"] for line in logged(ready)]
+    assert raw.data_collator.max_length == 64  # what the model can read
+
+
+# --- schedules, resume -----------------------------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    """Ends the process's training at a step as a kill does: nothing is run or written afterwards."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_killed_run_goes_on_where_the_schedule_stood(build: Run, pairs: list[TokenizedPair], restore: bool) -> None:
+    """With and without the Trainer's own restoring of callbacks, which makes new ones."""
+
+    def start(**options: Any) -> Trainer:
+        return build(
+            callback=SelectionCallback(
+                selection_ratio=Schedule(start=1.0, end=0.4, steps=6, shape="cosine"),
+                beta=Schedule(start=0.01, end=0.1, steps=8),
+                patience=2,
+            ),
+            evaluation=pairs[30:],
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+            max_steps=9,
+            restore_callback_states_from_checkpoint=restore,
+            **options,
+        )
+
+    whole = start()
+    whole.train()
+    killed = start(extra=[Stop(5)])
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = start()
+    resumed.train(resume_from_checkpoint=str(Path(resumed.args.output_dir) / "checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "eval_loss") == logged(whole, "eval_loss")
+    ratios = [line["selection/ratio"] for line in logged(resumed)]
+    assert ratios == [Schedule(start=1.0, end=0.4, steps=6, shape="cosine")(step) for step in range(9)]
+    assert [line["selection/beta"] for line in logged(resumed)][3] == pytest.approx(0.01 + 0.09 * 3 / 8)
+    assert callback_of(resumed).state() == callback_of(whole).state()
+    state = json.loads((Path(resumed.args.output_dir) / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["SelectionCallback"]["attributes"]["history"][""]
+
+
+def test_steps_use_the_schedules_numbers_and_evaluations_their_end(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
+) -> None:
+    """The weights stay where they are, so each loss is the core's with the numbers of its step."""
+    ratio, beta = Schedule(start=1.0, end=0.4, steps=2), Schedule(start=0.5, end=0.1, steps=2)
+    trainer = build(
+        callback=SelectionCallback(selection_ratio=ratio, beta=beta),
+        train=pairs[:4] * 2,
+        evaluation=pairs[:4],
+        max_steps=2,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    losses = [line["loss"] for line in logged(trainer)] + [trainer.evaluate()["eval_loss"]]
+    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    with torch.no_grad():
+        sides = responses(labels, model_per_token_logps(trainer.model, labels), from_bits(labels[REF_LOGPS]))
+    expected = [selective_dpo_loss(*sides, beta=beta(step), selection_ratio=ratio(step)).loss for step in range(3)]
+    assert losses == pytest.approx([float(loss) for loss in expected], rel=1e-5)
+    assert len({round(loss, 4) for loss in losses}) == 3
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+class Heard(TrainerCallback):
+    """What a logger hears that stands before every other callback."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_statistics_reach_the_history_and_every_logger(build: Run, pairs: list[TokenizedPair], tmp_path: Path) -> None:
+    """W&B, trackio and others hear `on_log` as `Heard` does; TensorBoard's file is read back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = build(
+        evaluation={"one": pairs[30:35], "two": pairs[35:]},
+        report_to="tensorboard",
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=2,
+        gradient_accumulation_steps=2,
+    )
+    heard = Heard()
+    trainer.callback_handler.callbacks.insert(0, heard)
+    trainer.train()
+    names = {"rewards/margins", "selection/rewards/margins", "selection/fraction", "selection/threshold"}
+    (first, *_) = logged(trainer)
+    assert names | {"selection/ratio", "selection/beta", "rewards/accuracies", "logps/chosen"} <= set(first)
+    history = [{n: v for n, v in line.items() if n != "step"} for line in trainer.state.log_history]
+    assert [logs for logs in heard.logs if "loss" in logs] == [line for line in history if "loss" in line]
+    for name in ("one", "two"):
+        (line, *_) = logged(trainer, f"eval_{name}_loss")
+        assert {f"eval_{name}_{metric}" for metric in names} <= set(line)
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    values = [event.value for event in events.Scalars("train/selection/rewards/margins")]
+    assert values == pytest.approx([line["selection/rewards/margins"] for line in logged(trainer)])
+    assert {"train/selection/ratio", "eval/one_rewards/margins"} <= set(events.Tags()["scalars"])
+
+
+def test_logged_means_are_over_all_pairs_since_the_last_log(build: Run) -> None:
+    every, second = build(), build(logging_steps=2)
+    for trainer in (every, second):
+        trainer.train()
+    fine, coarse = logged(every), logged(second)
+    for name in ("loss", "rewards/margins", "selection/fraction"):
+        means = [(fine[i][name] + fine[i + 1][name]) / 2 for i in (0, 2)]
+        assert [line[name] for line in coarse] == pytest.approx(means, rel=1e-5)
+
+
+def test_evaluation_is_the_mean_over_its_pairs_and_the_best_model_is_loaded(
+    build: Run, pairs: list[TokenizedPair]
+) -> None:
+    options = {"evaluation": pairs[30:], "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = build(
+        per_device_eval_batch_size=3,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=False,
+        **options,
+    )
+    trainer.train()
+    lines = logged(trainer, "eval_loss")
+    assert trainer.state.best_metric == min(line["eval_rewards/margins"] for line in lines)
+    best = next(line for line in lines if line["eval_rewards/margins"] == trainer.state.best_metric)
+    trainer.args.per_device_eval_batch_size = 10
+    again = trainer.evaluate()
+    for name in best.keys() - {"epoch", "step"}:
+        assert again[name] == pytest.approx(best[name], rel=1e-4, abs=1e-6), name
+    tested = trainer.predict(pairs[30:], metric_key_prefix="test")
+    assert tested.predictions is None
+    assert tested.metrics["test_rewards/margins"] == again["eval_rewards/margins"]
+
+
+# --- what looks wrong ------------------------------------------------------------------------------------------------
+
+
+def test_signs_that_training_goes_wrong() -> None:
+    rising, falling = [(i / 10, 0.6) for i in range(8)], [(-i / 10, 0.6) for i in range(8)]
+    noise = [(0.1 * (-1) ** i, 0.6) for i in range(8)]
+    assert wrong_signs(rising, 4) == wrong_signs(noise, 4) == wrong_signs(falling[:7], 4) == []
+    assert wrong_signs(falling, 4) == ["falling"]
+    assert wrong_signs([(i / 10, 0.4) for i in range(8)], 4) == ["below_half"]
+    assert wrong_signs([(0.0, 0.4)] * 7 + [(0.0, 0.5)], 4) == []
+
+
+def test_a_run_that_goes_the_wrong_way_says_so_once(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The evaluation's pairs are swapped, so that its margin falls while the training's rises."""
+    swapped = [
+        TokenizedPair(
+            chosen_ids=pair.rejected_ids,
+            rejected_ids=pair.chosen_ids,
+            chosen_prompt_length=pair.rejected_prompt_length,
+            rejected_prompt_length=pair.chosen_prompt_length,
+        )
+        for pair in pairs[:16]
+    ]
+    callback = SelectionCallback(patience=2)
+    trainer = build(
+        callback=callback,
+        loss=SelectivePreferenceLoss("dpo", beta=0.5, ref_model=model_of(build().model.config._name_or_path)),
+        train=pairs[:16],
+        evaluation=swapped,
+        max_steps=16,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=3e-3,
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    kinds = [warning["kind"] for warning in callback.warnings]
+    assert "falling" in kinds
+    assert "below_half" in kinds
+    assert len(kinds) == len(set(kinds))
+    assert caplog.text.count("(eval_rewards/margins) is falling") == 1
+
+
+def test_a_reference_that_is_the_initial_policy_is_named(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], policy_folder: Path, tmp_path: Path
+) -> None:
+    """As a second copy, as a store, as a fresh adapter switched off; and not where nothing is selected."""
+    policy = model_of(policy_folder)
+    space = reference_space(policy, tokenizer)
+    own = ReferenceStore.create(tmp_path / "own", space)
+    fill_store(own, pairs[:30], policy, pad_token_id=0, progress=False)
+    for loss, collator, expected in (
+        (SelectivePreferenceLoss(ref_model=policy), None, ["self_reference", "ties"]),
+        (SelectivePreferenceLoss(), PreferenceCollator(tokenizer, ref_store=own), ["self_reference", "ties"]),
+        (SelectivePreferenceLoss("dpo"), PreferenceCollator(tokenizer, ref_store=own), []),
+    ):
+        callback = SelectionCallback()
+        build(loss=loss, collator=collator, callback=callback, max_steps=1).train()
+        assert [warning["kind"] for warning in callback.warnings] == expected
+    callback = SelectionCallback()
+    build(callback=callback).train()
+    assert callback.warnings == []
+
+
+def broken_store(store: ReferenceStore, pair: TokenizedPair) -> Any:
+    """The store, with a NaN among what it says of one pair."""
+
+    class Broken(ReferenceStore):
+        def __init__(self) -> None:
+            super().__init__(store.folder, store.space)
+
+        def lookup(self, batch: Any) -> torch.Tensor:
+            found = super().lookup(batch)
+            for row, ids in enumerate(batch["input_ids"].tolist()):
+                if ids[: len(pair.chosen_ids)] == pair.chosen_ids:
+                    found[row, batch["completion_mask"][row, 1:].nonzero()[0]] = math.nan
+            return found
+
+    return Broken()
+
+
+def test_a_broken_number_stops_the_run_before_the_step(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
+) -> None:
+    """The Trainer's own filter would hide it from the logs and take the step."""
+    collator = PreferenceCollator(tokenizer, ref_store=broken_store(store, pairs[9]))
+    trainer = build(loss=SelectivePreferenceLoss(), collator=collator, logging_nan_inf_filter=True)
+    with pytest.raises(NonFiniteError, match=rf"step 3: .*ref_per_token_logps.*rows 1 .*{pairs[9].place}"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_pairs_with_a_broken_reference_can_be_left_out(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
+) -> None:
+    broken = PreferenceCollator(tokenizer, ref_store=broken_store(store, pairs[9]))
+    callback = SelectionCallback()
+    loss = SelectivePreferenceLoss(non_finite="skip")
+    trainer = build(loss=loss, collator=broken, callback=callback, evaluation=pairs[8:12])
+    trainer.train()
+    lines = logged(trainer)
+    assert [line["selection/skipped_pairs"] for line in lines] == [0, 0, 1 / 4, 0]
+    assert [(warning["kind"], warning["step"]) for warning in callback.warnings] == [("non_finite", 3)]
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    rest = build(
+        model=trainer.model,
+        loss=SelectivePreferenceLoss(),
+        collator=PreferenceCollator(tokenizer, ref_store=store),
+        evaluation=[pairs[8], *pairs[10:12]],
+    ).evaluate()
+    with_broken = trainer.evaluate()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_selection/fraction"):
+        assert with_broken[name] == pytest.approx(rest[name], rel=1e-5), name
+
+
+def test_a_broken_policy_is_never_left_out(build: Run, tmp_path: Path, pairs: list[TokenizedPair], store: Any) -> None:
+    folder = make_model(tmp_path / "nan", seed=1)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loss = SelectivePreferenceLoss(ref_model=model_of(make_model(tmp_path / "ref", seed=2)), non_finite="skip")
+    with pytest.raises(NonFiniteError, match=r"step 1: .*\(per_token_logps\)"):
+        build(model=model_of(folder), loss=loss).train()
+
+
+# --- PEFT, precision, processes --------------------------------------------------------------------------------------
+
+
+def lora(folder: Path, trained: bool = False) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=not trained, task_type="CAUSAL_LM")
+    return get_peft_model(model_of(folder), config)
+
+
+def test_an_adapter_switched_off_is_a_reference(build: Run, pairs: list[TokenizedPair], policy_folder: Path) -> None:
+    """It gives the numbers of the base model as a reference of its own, and leaves adapter and mode as they were."""
+    options = {"evaluation": pairs[30:], "eval_strategy": "steps", "eval_steps": 2}
+    runs = []
+    for own in (True, False):
+        model = lora(policy_folder, trained=True)
+        loss = SelectivePreferenceLoss(ref_model=model if own else model_of(policy_folder))
+        trainer = build(model=model, loss=loss, **options)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer.train()
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed
+        assert all("lora_" in name for name in changed)
+        runs.append(trainer)
+    assert_alike(logged(runs[0]), logged(runs[1]), rel=1e-5, abs=1e-7)
+    assert_alike(logged(runs[0], "eval_loss"), logged(runs[1], "eval_loss"), rel=1e-5, abs=1e-7)
+    callback = SelectionCallback()
+    fresh = lora(policy_folder)
+    for mode in (True, False):
+        fresh.train(mode)
+        OnlineReference(fresh)(PreferenceCollator(AutoTokenizer.from_pretrained(policy_folder))(pairs[:2])["labels"])
+        assert fresh.training is mode
+    build(model=fresh, loss=SelectivePreferenceLoss(ref_model=fresh), callback=callback, max_steps=1).train()
+    assert callback.warnings[0]["kind"] == "self_reference"
+
+
+def test_bf16(build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore) -> None:
+    """Under autocast and with bf16 weights: finite, and near the float32 run; log-probs and losses stay float32."""
+    collator = PreferenceCollator(tokenizer, ref_store=store)
+    options = {"loss": SelectivePreferenceLoss(), "collator": collator, "evaluation": pairs[30:], "max_steps": 2}
+    exact = build(**options)
+    exact.train()
+    half = build().model.to(torch.bfloat16)
+    for trainer in (build(bf16=True, **options), build(model=half, **options)):
+        trainer.train()
+        loss = logged(trainer)[0]["loss"]
+        assert loss == pytest.approx(logged(exact)[0]["loss"], rel=2e-2)
+        assert loss != float(torch.tensor(loss).bfloat16())
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.slow
+def test_two_processes(
+    policy_folder: Path, reference_folder: Path, pairs_file: Path, build: Run, tmp_path: Path
+) -> None:
+    """One launch for everything that needs a second process: DDP, broken numbers on one of them, ZeRO-3."""
+    script = Path(__file__).with_name("hf_two_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    command += [str(policy_folder), str(reference_folder), str(pairs_file), str(tmp_path)]
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters", "tests/adapters"))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert results[0]["ddp"]["train"] == results[1]["ddp"]["train"]
+    rows = tokenize_pairs(read_rows(pairs_file), AutoTokenizer.from_pretrained(policy_folder), max_length=64)[0]
+    single = build(
+        train=rows[:24],
+        evaluation=rows[24:31],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    single.train()
+    for name in ("ddp", "zero3"):
+        assert_alike(results[0][name]["train"], logged(single), rel=2e-4, abs=1e-5)
+        assert_alike(results[0][name]["eval"], logged(single, "eval_loss"), rel=2e-4, abs=1e-5)
+    assert [("another process" in result["nan"]) for result in results] == [True, False]
+    assert results[0]["zero3_bf16"]["bits"]
+    assert results[0]["zero3_bf16"]["resumed"] == results[0]["zero3_bf16"]["whole"]
+    assert results[0]["zero3_lora"]["kinds"] == ["self_reference", "ties"]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def partial_store(tokenizer: Any, pairs: Any, reference_folder: Path, tmp_path: Path) -> Iterator[ReferenceStore]:
+    reference = model_of(reference_folder)
+    made = ReferenceStore.create(tmp_path / "partial", reference_space(reference, tokenizer))
+    fill_store(made, pairs[:20], reference, pad_token_id=0, progress=False)
+    yield made
+    made.close()
+
+
+def test_what_cannot_train_is_refused_when_the_trainer_is_built(
+    build: Run, tokenizer: Any, pairs: Any, store: ReferenceStore, partial_store: ReferenceStore, policy_folder: Path
+) -> None:
+    policy = model_of(policy_folder)
+    own = SelectivePreferenceLoss()
+    longer = [TokenizedPair(chosen_ids=[5] * 65, rejected_ids=[6, 7], chosen_prompt_length=1, rejected_prompt_length=1)]
+    other = [TokenizedPair(chosen_ids=[5, 99], rejected_ids=[5, 7], chosen_prompt_length=1, rejected_prompt_length=1)]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"remove_unused_columns": True}, "remove_unused_columns=True takes .* set it to False"),
+        ({"label_smoothing_factor": 0.1}, r"set SelectivePreferenceLoss\(label_smoothing="),
+        ({"collator": DataCollatorWithPadding(tokenizer)}, r"PreferenceCollator\(tokenizer\); got DataCollatorWith"),
+        ({"loss": own}, r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(ref_st"),
+        ({"collator": PreferenceCollator(tokenizer, ref_store=store)}, "both ref_store and ref_model are given"),
+        (
+            {"loss": own, "collator": PreferenceCollator(tokenizer, ref_store=partial_store)},
+            "10 of 30 pairs.*selective-pref score",
+        ),
+        (
+            {
+                "loss": own,
+                "collator": PreferenceCollator(tokenizer, ref_store=partial_store),
+                "train": pairs[:20],
+                "evaluation": pairs[18:24],
+            },
+            "4 of 6 pairs",
+        ),
+        (
+            {"loss": SelectivePreferenceLoss("simpo"), "collator": PreferenceCollator(tokenizer, ref_store=store)},
+            "'simpo' reads no reference: leave ref_store out",
+        ),
+        (
+            {"loss": SelectivePreferenceLoss("dpo", ref_model=policy, scoring_ref_model=policy)},
+            "'dpo' selects no tokens: leave scoring_ref_model out",
+        ),
+        ({"model": policy, "loss": SelectivePreferenceLoss(ref_model=policy)}, "the reference is the policy itself"),
+        ({"loss": SelectivePreferenceLoss(ref_model=lora(policy_folder))}, "another PEFT model"),
+        ({"train": longer}, "train_dataset holds 65 tokens in one row, more than the policy can read"),
+        ({"train": other}, "train_dataset holds token id 99, outside the policy's vocabulary"),
+        ({"train": []}, "train_dataset is empty"),
+        ({"train": [{"prompt": "w0"}]}, "train_dataset, row 0: no 'chosen'"),
+        ({"accelerator_config": {"split_batches": True}}, "tear pairs apart"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "tear pairs apart"),
+        ({"label_names": ["start_positions"]}, "set label_names="),
+        ({"trainer_options": {"compute_metrics": lambda _: {}}}, "compute_metrics gets two rows a pair"),
+        ({"extra": [SelectionCallback()]}, "one SelectionCallback is enough"),
+        ({"callback": SelectionCallback(beta=Schedule(start=0.1, end=0.0, steps=3))}, "beta must be a finite number"),
+        (
+            {
+                "loss": SelectivePreferenceLoss("dpo", ref_model=policy),
+                "callback": SelectionCallback(selection_ratio=Schedule(start=1, end=0.4)),
+            },
+            "'dpo' does not read selection_ratio: leave its schedule out",
+        ),
+    ]
+    for options, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            build(**options)
+    with pytest.raises(MissingRowsError):
+        build(**cases[5][0])
+    with pytest.raises(TypeError, match="compute_loss_func=SelectivePreferenceLoss"):
+        build(loss=lambda *_: None)
+
+
+def test_options_of_the_objects_that_make_no_sense(
+    tokenizer: Any, pairs: Any, policy_folder: Path, arguments: Any, store: ReferenceStore
+) -> None:
+    for make, message in (
+        (lambda: SelectivePreferenceLoss("kto"), "objective must be one of"),
+        (lambda: SelectivePreferenceLoss(beta=0.0), "beta must be a finite number above 0"),
+        (lambda: SelectivePreferenceLoss(selection_ratio=40), "40 % is 0.4"),
+        (lambda: SelectivePreferenceLoss("dpo", selection_ratio=0.4), "'dpo' does not read selection_ratio"),
+        (lambda: SelectivePreferenceLoss(sft_loss, beta=0.1), "numbers bound already"),
+        (lambda: SelectivePreferenceLoss(ref_model="a/name"), "must be a loaded model; got str 'a/name'"),
+        (lambda: SelectivePreferenceLoss(non_finite="hide"), "'raise' or 'skip'"),
+        (lambda: SelectionCallback(beta=0.1), r"SelectivePreferenceLoss\(beta=...\)"),
+        (lambda: SelectionCallback(patience=1), "patience must be at least 2"),
+        (lambda: PreferenceCollator(tokenizer, ref_store="folder"), "must be a ReferenceStore"),
+        (lambda: SelectivePreferenceTrainer(model=model_of(policy_folder)), "give data_collator"),
+        (lambda: SelectionCallback().on_init_end(None, None, None), "call its attach"),
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+            make()
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        SelectivePreferenceTrainer(
+            model=model_of(policy_folder),
+            args=arguments(remove_unused_columns=True),
+            processing_class=tokenizer,
+            ref_store=store,
+            train_dataset=pairs[:4],
+        )
+    labels = PreferenceCollator(tokenizer)(pairs[:2])["labels"]
+    with pytest.raises(TypeError, match="needs the batches of PreferenceCollator"):
+        SelectivePreferenceLoss()(None, torch.ones(2, 3), 2)
+    with pytest.raises(ValueError, match="there is none"):
+        SelectivePreferenceLoss()(torch.zeros(4, labels["input_ids"].shape[1] - 1), labels, 2)
+
+
+# --- pictures, the page ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_fixed_pairs(build: Run, pairs: list[TokenizedPair], tmp_path: Path) -> None:
+    """At each evaluation, without touching what the evaluation reports."""
+    options = {"evaluation": {"one": pairs[30:35], "two": pairs[35:]}, "eval_strategy": "steps", "eval_steps": 2}
+    drawn, plain = build(callback=SelectionCallback(picture_pairs=2), **options), build(**options)
+    for trainer in (drawn, plain):
+        trainer.train()
+    assert logged(drawn) == logged(plain)
+    for name in ("eval_one_loss", "eval_two_loss"):
+        assert logged(drawn, name) == logged(plain, name)
+    files = sorted((tmp_path / "out" / "selection").iterdir())
+    assert [file.name for file in files] == ["step-000002.svg", "step-000004.svg"]
+    root = ElementTree.fromstring(files[0].read_text(encoding="utf-8"))
+    titles = [text.text for text in root.findall(".//{*}text") if text.get("class") == "title"]
+    expected = [f"{pair.place}, {side}" for pair in pairs[30:32] for side in ("chosen", "rejected")]
+    assert [title.split(": ")[0] for title in titles] == [title.replace(": ", ":") for title in expected]
+    tokens = len(pairs[30].chosen_ids) - pairs[30].chosen_prompt_length
+    assert titles[0].endswith(f"{math.ceil(0.4 * tokens)} of {tokens} tokens")
+
+
+def test_a_picture_shows_any_text() -> None:
+    row = PictureRow(
+        title="<a & b>",
+        tokens=["<s>", " \n", "\x00\x1b", "你好", '"', "x" * 150],
+        weights=[1.0, 0.5, 0.0, 1.0, 0.0, 0.0],
+        scores=[math.inf, 0.0, -1.0, 2.0, 0.0, 0.0],
+        is_chosen=False,
+    )
+    root = ElementTree.fromstring(selection_picture([row], title="t"))
+    shown = [text.text for text in root.findall(".//{*}text")]
+    assert shown == ["<a & b>: 2.5 of 6 tokens", "<s>", "\u00a0⏎", "··", "你好", '"', "x" * 150]
+    boxes = [float(rect.get("fill-opacity", 0)) for rect in root.findall(".//{*}rect")]
+    assert boxes[1:4] == [0.7, 0.35, 0.0]
+
+
+def test_the_script_of_the_page_trains_on_real_pairs(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "adapters" / "hf.md").read_text(encoding="utf-8")
+    script = page.split("``` { .python }\n")[1].split("```\n")[0]
+    assert "gsm8k_pairs.jsonl" in script
+    assert len(script.splitlines()) <= 40
+    teacher = tmp_path / "teacher"
+    model = model_of(shared / "models" / "stories260k")
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # stands in for a stronger model of the same tokenizer
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(shared / "models" / "stories260k").save_pretrained(teacher)
+    for name, value in {
+        "PAIRS": shared / "data" / "gsm8k_pairs.jsonl",
+        "MODEL": shared / "models" / "stories260k",
+        "REFERENCE": teacher,
+        "STEPS": 2,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    exec(compile(script, "hf.md", "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert len(logged(trainer, "selection/fraction")) >= 2
+    assert logged(trainer, "eval_selection/fraction")
+    assert list((tmp_path / "runs" / "hf" / "selection").iterdir())
+    assert list((tmp_path / "runs" / "hf" / "runs").iterdir())
+    assert (tmp_path / "runs" / "hf" / "checkpoint-2" / "trainer_state.json").is_file()

@@ -1,0 +1,126 @@
+"""What each of two processes runs for `test_trl_trainer.py::test_two_processes`: one trainer after another.
+
+    torchrun --nproc_per_node 2 trl_two_processes.py POLICY REFERENCE FOLDER
+
+Writes FOLDER/runs.jsonl, a line [name, what was seen] for each run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selective_pref import NonFiniteError
+from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
+from tiny import text_rows
+
+ROWS = text_rows(48)
+
+
+def zero(stage: int, bf16: bool = False) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def make(policy: str, folder: Path, ref_model: Any = None, peft_config: Any = None, **changed: Any) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": [],
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    args = SelectiveDPOConfig(**{**settings, **changed})  # before any model: under ZeRO-3 it says how they are loaded
+    if callable(ref_model):
+        ref_model = ref_model()
+    return SelectiveDPOTrainer(
+        model=policy,
+        ref_model=ref_model,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:5]),
+        processing_class=AutoTokenizer.from_pretrained(policy),
+        peft_config=peft_config,
+    )
+
+
+def main(policy: str, reference: str, folder: Path) -> None:
+    def note(name: str, seen: Any) -> None:
+        if dist.get_rank() == 0:
+            with (folder / "runs.jsonl").open("a") as file:
+                file.write(json.dumps([name, seen]) + "\n")
+
+    def broken() -> Any:
+        """A reference whose weights are broken on the second process alone (DeepSpeed would send the first one's)."""
+        model = AutoModelForCausalLM.from_pretrained(reference)
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                model.lm_head.weight[20] = math.nan
+        return model
+
+    trainer, error = make(policy, folder, ref_model=broken), ""
+    try:
+        trainer.train()
+    except NonFiniteError as caught:
+        error = str(caught)
+    errors: list[Any] = [None, None]
+    dist.all_gather_object(errors, error)
+    note("nan", {"raised": [bool(text) for text in errors], "own": ["ref_per_token_logps" in text for text in errors]})
+
+    store = str(folder / "store")
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    runs: dict[str, dict[str, Any]] = {
+        "ddp": {"ref_model": reference},
+        "store": {"ref_model": reference, "reference_store": store, "precompute_ref_log_probs": True},
+        "zero2": {"ref_model": reference, "deepspeed": zero(2)},
+        "zero3": {"ref_model": reference, "deepspeed": zero(3)},
+        "zero3 store": {"reference_store": store, "deepspeed": zero(3)},
+        "zero3 bf16": {"ref_model": reference, "deepspeed": zero(3, bf16=True), "bf16": True},
+        "zero3 bf16 store": {"reference_store": store, "deepspeed": zero(3, bf16=True), "bf16": True},
+        "zero3 self": {"deepspeed": zero(3)},
+        "zero3 lora": {"peft_config": lora, "deepspeed": zero(3)},
+    }
+    for name, changed in runs.items():
+        trainer = make(policy, folder, **changed)
+        trainer.train()
+        sharded = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+        steps = [line for line in trainer.state.log_history if "loss" in line]
+        every_rank: list[Any] = [None, None]
+        dist.all_gather_object(every_rank, steps)
+        assert every_rank[0] == every_rank[1], "ranks log different numbers"
+        seen = {"steps": steps, "sharded": sharded, "eval": trainer.evaluate()}
+        if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
+            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+            looked_up = trainer._store.lookup(batch)
+            seen["bits"] = torch.equal(trainer._ref_logps(trainer._prepare_inputs(batch)), looked_up)
+        note(name, seen)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute otherwise
+    deepspeed.init_distributed("gloo", verbose=False)
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
