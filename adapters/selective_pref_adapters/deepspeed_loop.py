@@ -46,8 +46,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed says on stdout when it has to guess
 import deepspeed
 
+import selective_pref_adapters.checkpoints as checkpoints
 from selective_pref import NonFiniteError, Objective, PreferenceLoss, diagnostics
-from selective_pref_adapters import checkpoints
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 from selective_pref_adapters.monitoring import (

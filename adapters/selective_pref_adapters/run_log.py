@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from selective_pref_adapters import checkpoints
+import selective_pref_adapters.checkpoints as checkpoints
 from selective_pref_adapters.train_config import TrainConfig
 
 Metrics: TypeAlias = dict[str, float]

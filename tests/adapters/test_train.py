@@ -153,6 +153,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(
     result = train(config)
     assert result.summary["skipped_steps"] == 1
     assert ["grad_norm" in line for line in result.metrics] == [True, False, True, True]
+    assert [line["learning_rate"] for line in result.metrics] == pytest.approx([7.5e-3, 5e-3, 2.5e-3, 0])  # goes on
     weights = load_file(result.output_dir / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
