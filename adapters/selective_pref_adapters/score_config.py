@@ -20,7 +20,7 @@ class ScoreConfig:
     ref_model: str | None = None
     """Reference: a folder or hub id of a causal language model; with --url, the name it is served under."""
     pairs: str | None = None
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder of Dataset.save_to_disk or of such files."""
+    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
     tokenizer: str | None = None
     """The policy's model or tokenizer: pairs are tokenised by it. Default: the reference's own."""
     max_length: int | None = None

@@ -21,7 +21,7 @@ class TrainConfig:
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
     pairs: str
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder of Dataset.save_to_disk or of such files."""
+    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
     ref_model: str | None = None
     """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
     reference_store: str | None = None
