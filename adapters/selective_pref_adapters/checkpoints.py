@@ -12,9 +12,10 @@ folder that nobody takes for one. Meant for one writer: under several processes,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+
+from selective_pref_adapters.files import sync
 
 MARKER = "COMPLETE.json"
 _NAME = "step-{:08d}"
@@ -46,15 +47,15 @@ def publish(folder: Path, step: int, keep: int) -> Path:
     aside, final = _aside(folder, step), folder / _NAME.format(step)
     files = sorted(path for path in aside.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
+        sync(path)
     marker = {"step": step, "files": {str(path.relative_to(aside)): path.stat().st_size for path in files}}
     (aside / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-    _sync(aside / MARKER)
-    _sync(aside)
+    sync(aside / MARKER)
+    sync(aside)
     if final.exists():  # damaged, or newest_complete would have led past it
         _remove(final)
     aside.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in complete(folder)[:-keep]:
         _remove(old)
     return final
@@ -103,12 +104,3 @@ def _aside(folder: Path, step: int) -> Path:
 def _remove(checkpoint: Path) -> None:
     (checkpoint / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
     shutil.rmtree(checkpoint)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -49,6 +49,7 @@ import deepspeed
 import selective_pref_adapters.checkpoints as checkpoints
 from selective_pref import NonFiniteError, Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.batch import Batch
+from selective_pref_adapters.files import existing, write_whole
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
@@ -69,7 +70,7 @@ from selective_pref_adapters.pairs import (
     tokenize_pairs,
 )
 from selective_pref_adapters.reference_cache import ReferenceStore
-from selective_pref_adapters.run_log import Metrics, RunLog, print_summary, write_whole
+from selective_pref_adapters.run_log import Metrics, RunLog, print_summary
 from selective_pref_adapters.sampling import (
     FILLER,
     evaluation_batches,
@@ -667,9 +668,8 @@ def usable_folder(config: TrainConfig) -> Path:
             )
         if config.resume is None:
             raise ValueError(f"output_dir {folder} is not empty: it holds a run. Choose another, or --resume auto")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=nearest) as probe:
+        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
             probe.write(b"\0" * 4096)
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
@@ -681,8 +681,7 @@ def check_space(folder: Path, policy: torch.nn.Module, steps: int, save_steps: i
     weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
     numbers = sum(parameter.numel() for parameter in policy.parameters())
     needed = weights + (2 * 4 * numbers + weights if save_steps is not None and save_steps <= steps else 0)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed:
         raise OSError(
             f"output_dir {folder}: its disk has {free / 1e9:.2f} GB free; the model takes {needed / 1e9:.2f} GB"

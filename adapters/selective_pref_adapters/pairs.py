@@ -258,15 +258,27 @@ def check_same_tokenizer(policy: Tokenizer, reference: Tokenizer) -> None:
     Raises:
         ValueError: an id of the policy's vocabulary means something else to the reference.
     """
-    theirs = reference.get_vocab()
-    for token, token_id in sorted(policy.get_vocab().items(), key=lambda item: item[1]):
-        if theirs.get(token) != token_id:
-            other = reference.convert_ids_to_tokens(token_id) if token_id < len(reference) else None
-            raise ValueError(
-                f"policy and reference tokenize differently: id {token_id} is {token!r} for the policy and "
-                f"{'no token' if other is None else repr(other)} for the reference. Per-token log-probs of different "
-                "tokens cannot be compared: choose a reference that shares the policy's tokenizer"
-            )
+    difference = differing_token(policy.get_vocab(), reference.get_vocab())
+    if difference is not None:
+        raise ValueError(
+            f"policy and reference tokenize differently: {difference}. Per-token log-probs of different tokens cannot "
+            "be compared: choose a reference that shares the policy's tokenizer"
+        )
+
+
+def differing_token(policy: dict[str, int], reference: dict[str, int]) -> str | None:
+    """The first token, in order of the policy's ids, that has another id in the reference's vocabulary; None if none.
+
+    Args:
+        policy, reference: token → id. What only the reference has does not matter.
+    """
+    by_id = {token_id: token for token, token_id in reference.items()}
+    for token, token_id in sorted(policy.items(), key=lambda item: item[1]):
+        if reference.get(token) != token_id:
+            other = by_id.get(token_id)
+            said = "no token" if other is None else repr(other)
+            return f"id {token_id} is {token!r} for the policy and {said} for the reference"
+    return None
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

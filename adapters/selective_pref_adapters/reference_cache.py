@@ -38,7 +38,8 @@ import numpy as np
 import torch
 
 from selective_pref_adapters.batch import Batch
-from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
+from selective_pref_adapters.files import sync, write_whole
+from selective_pref_adapters.pairs import TokenizedPair, Tokenizer, differing_token
 from selective_pref_adapters.shards import (
     KEY_BYTES,
     SUFFIX,
@@ -50,8 +51,6 @@ from selective_pref_adapters.shards import (
     StoreWriteError,
     check_writable,
     shard_bytes,
-    sync_folder,
-    write_whole,
     writing,
 )
 from selective_pref_adapters.spaces import (
@@ -348,16 +347,12 @@ class ReferenceStore:
         Raises:
             StoreError: names the first token that differs.
         """
-        theirs = self.vocabulary
-        by_id = {token_id: token for token, token_id in theirs.items()}
-        for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-            if theirs.get(token) != token_id:
-                other = by_id.get(token_id)
-                raise StoreError(
-                    f"the stored reference {self.space.label!r} tokenizes differently: id {token_id} is {token!r} for "
-                    f"the policy and {'no token' if other is None else repr(other)} for the reference. Per-token "
-                    "log-probs of different tokens cannot be compared: use a reference that shares the tokenizer"
-                )
+        difference = differing_token(tokenizer.get_vocab(), self.vocabulary)
+        if difference is not None:
+            raise StoreError(
+                f"the stored reference {self.space.label!r} tokenizes differently: {difference}. Per-token log-probs "
+                "of different tokens cannot be compared: use a reference that shares the tokenizer"
+            )
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -576,7 +571,7 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
         abandoned = [path for path in store.folder.glob(".*.tmp") if _abandoned(path)]
         for path in {*old, *abandoned} - writer.shards:
             path.unlink(missing_ok=True)
-        sync_folder(store.folder)
+        sync(store.folder)
     after = ReferenceStore(store.folder, store.space).stat()
     return PruneReport(
         rows=after.rows,

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 import selective_pref_adapters.checkpoints as checkpoints
+from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.train_config import TrainConfig
 
 Metrics: TypeAlias = dict[str, float]
@@ -102,13 +103,6 @@ def _lines_until(path: Path, step: int) -> list[Metrics]:
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     lines: list[Metrics] = [json.loads(line) for line in whole]
     return [line for line in lines if line["step"] <= step]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def print_summary(console: Console, config: TrainConfig, output_dir: Path, summary: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from selective_pref import PreferenceLoss
+from selective_pref_adapters.files import write_whole
 
 _COLUMNS, _WIDTH, _HEIGHT, _MARGIN = 100, 8, 20, 12  # characters of a line, pixels of a cell and around the picture
 _CHOSEN, _REJECTED = "#2e9e5b", "#d0453e"
@@ -64,9 +65,7 @@ def picture_rows(
 def write_picture(path: Path, rows: Sequence[PictureRow]) -> None:
     """Writes the picture so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(selection_picture(rows, title=path.stem), encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, selection_picture(rows, title=path.stem))
 
 
 def selection_picture(rows: Sequence[PictureRow], *, title: str) -> str:

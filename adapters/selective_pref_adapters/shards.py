@@ -179,30 +179,6 @@ def _checksum(key: bytes, raw: bytes) -> bytes:
     return hashlib.blake2b(raw, digest_size=_CHECK_BYTES, key=key).digest()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, also after a power cut."""
-    aside = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with aside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names that were added or removed survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def check_writable(folder: Path) -> None:
     """Raises StoreWriteError where nothing can be written."""
     with writing(folder):

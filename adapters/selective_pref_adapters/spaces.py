@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selective_pref_adapters.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError, write_whole
+from selective_pref_adapters.files import write_whole
+from selective_pref_adapters.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json.gz"
