@@ -134,19 +134,47 @@ def test_imports_of_the_core_point_one_way() -> None:
                 assert order.index(name.split(".")[1]) < order.index(path.stem), f"{path.stem} imports {name}"
 
 
-ROOMS = {"batch", "pairs", "heads", "objectives", "monitoring", "reference_cache", "scoring", "train_config"}
-ROOMS |= {"files", "selection_picture", "checkpoints", "sampling", "run_log"}
+ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
+FLOORS = (
+    {"files", "options"},
+    {"models", "pairs"},
+    {"batch"},
+    {"heads", "objectives", "monitoring", "selection_picture"},
+    {"reference_store"},
+    {"references"},
+    {"deepspeed_loop", "hf_trainer", "trl_trainer"},
+    {"replication"},
+    {"cli"},
+)
+"""The rooms of the adapters, from the ground up: a room imports rooms of lower floors only, or of its own folder."""
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-@pytest.mark.parametrize("adapter", ["hf_", "trl_", "deepspeed_loop"])
-def test_an_adapter_imports_the_shared_rooms_and_itself(adapter: str) -> None:
-    paths = sorted((ROOT / "adapters" / "selective_pref_adapters").glob(f"{adapter}*.py"))
+def room_of(path: Path) -> str:
+    """The folder or module of the adapters' top floor that a file belongs to."""
+    return path.relative_to(ADAPTERS).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR_OF))
+def test_a_room_imports_rooms_below_it(room: str) -> None:
+    paths = [path for path in ADAPTERS.rglob("*.py") if room_of(path) == room]
     assert paths
     for path in paths:
         for name in imported(path, module_level=True) | imported(path, module_level=False):
             package, _, module = name.partition(".")
-            if package == "selective_pref_adapters":
-                assert module in ROOMS or module.startswith(adapter), f"{path.stem} imports {name}"
+            other = module.split(".")[0]
+            if package == "selective_pref_adapters" and other and other != room:
+                assert FLOOR_OF[other] < FLOOR_OF[room], f"{path.relative_to(ADAPTERS)} imports {name}"
+
+
+def test_every_module_of_the_adapters_has_a_floor() -> None:
+    assert {room_of(path) for path in ADAPTERS.rglob("*.py")} - {"__init__"} == FLOOR_OF.keys()
+
+
+def test_no_folder_of_the_adapters_is_crowded() -> None:
+    for folder in {path.parent for path in ADAPTERS.rglob("*.py")}:
+        modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= 12, f"{folder.name}: {modules}"
 
 
 @pytest.mark.parametrize("package", ["selective_pref", "selective_pref_adapters"])

@@ -66,7 +66,7 @@ def _usage() -> str:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from selective_pref_adapters.train_config import TrainConfig
+    from selective_pref_adapters.options import TrainConfig
 
     flags = _with_config_file(arguments, TrainConfig)
     config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
@@ -90,7 +90,7 @@ selective_pref_adapters.cli train ...
 
 
 def _dpo(arguments: list[str]) -> int:
-    from selective_pref_adapters.trl_script import main as dpo
+    from selective_pref_adapters.trl_trainer.command import main as dpo
 
     dpo(arguments)
     return 0
@@ -99,12 +99,12 @@ def _dpo(arguments: list[str]) -> int:
 def _score(arguments: list[str]) -> int:
     import tyro
 
-    from selective_pref_adapters.score_config import ScoreConfig
+    from selective_pref_adapters.options import ScoreConfig
 
     flags = _with_config_file(arguments, ScoreConfig)
     config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
 
-    from selective_pref_adapters.score_command import score
+    from selective_pref_adapters.reference_store.command import score
 
     score(config)
     return 0

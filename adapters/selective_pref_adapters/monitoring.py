@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from selective_pref import NonFiniteError, PreferenceLoss, check_finite
 
@@ -79,23 +79,6 @@ def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()
     except NonFiniteError as error:
         return NonFiniteError(f"{where}: {error}{rows}")
     return NonFiniteError(f"{where}: the loss is not finite although every log-prob is{rows}")
-
-
-def same_weights(policy: nn.Module, reference: nn.Module | None) -> bool:
-    """Whether the reference is, weight for weight, the policy."""
-    if reference is None:
-        return False
-    ours, theirs = _weights(policy), _weights(reference)
-    return ours.keys() == theirs.keys() and all(_equal(ours[name], theirs[name]) for name in ours)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter by name; of one that ZeRO-3 has sharded, this process's part."""
-    return {name: getattr(parameter, "ds_tensor", parameter).detach() for name, parameter in model.named_parameters()}
-
-
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
 
 
 def _distributed() -> bool:

@@ -75,6 +75,16 @@ def check_objective(objective: Objective, *, reference: bool = True) -> Preferen
     return objective(*responses({"completion_mask": torch.ones(2, 2)}, one, one if reference else None))
 
 
+def needs_reference(objective: Objective) -> bool:
+    """Whether an objective fails without reference log-probs; it must not fail with them."""
+    check_objective(objective)
+    try:
+        check_objective(objective, reference=False)
+    except (ValueError, TypeError, AttributeError):
+        return True
+    return False
+
+
 def loss_of_batch(
     objective: Objective,
     batch: Batch,

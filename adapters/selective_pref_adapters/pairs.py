@@ -21,7 +21,7 @@ import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from selective_pref_adapters.train_config import Truncation
+from selective_pref_adapters.options import Truncation
 
 Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_pref_adapters import checkpoints
+from selective_pref_adapters.deepspeed_loop import checkpoints
 
 
 def write(folder: Path, step: int, keep: int = 2) -> Path:

@@ -30,8 +30,6 @@ from transformers import (
 from selective_pref import NonFiniteError, dpo_loss, selective_dpo_loss, sft_loss, simpo_loss
 from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
-from selective_pref_adapters.hf_callback import wrong_signs
-from selective_pref_adapters.hf_loss import OnlineReference
 from selective_pref_adapters.hf_trainer import (
     PreferenceCollator,
     Schedule,
@@ -40,9 +38,10 @@ from selective_pref_adapters.hf_trainer import (
     SelectivePreferenceMixin,
     SelectivePreferenceTrainer,
 )
+from selective_pref_adapters.hf_trainer.callback import wrong_signs
+from selective_pref_adapters.hf_trainer.loss import OnlineReference
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import MissingRowsError, ReferenceStore
-from selective_pref_adapters.scoring import fill_store, reference_space
+from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.selection_picture import PictureRow, selection_picture
 from tiny import make_model, text_rows, write_jsonl
 from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory, trl_trajectory

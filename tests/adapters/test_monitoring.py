@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from selective_pref import Response, dpo_loss
-from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error, same_weights
+from selective_pref_adapters.models import same_weights
+from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error
 
 
 def one_pair(logp: float, ref: float = -1.0) -> tuple[Response, Response]:

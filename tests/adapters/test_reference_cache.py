@@ -22,10 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from selective_pref_adapters import reference_cache, shards, spaces
 from selective_pref_adapters.batch import REF_LOGPS, from_bits, to_bits
 from selective_pref_adapters.pairs import TokenizedPair, collate
-from selective_pref_adapters.reference_cache import (
+from selective_pref_adapters.reference_store import (
     DamagedStoreError,
     MissingRowsError,
     ReferenceStore,
@@ -36,7 +35,10 @@ from selective_pref_adapters.reference_cache import (
     prune,
     row_key,
     rows_of_pairs,
+    shards,
+    spaces,
 )
+from selective_pref_adapters.reference_store import store as store_module
 from tiny import make_tokenizer
 
 VOCABULARY = {"<pad>": 0, "a": 1, "b": 2, "é": 3}
@@ -218,7 +220,7 @@ def test_an_open_store_finds_what_others_write_and_travels_to_workers(store: Ref
 
 
 def test_more_shards_than_open_files(store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_cache, "_OPEN_FILES", 3)
+    monkeypatch.setattr(store_module, "_OPEN_FILES", 3)
     pairs = make_pairs(10)
     write(store, pairs, shard_bytes=1)
     assert len(shard_files(store)) == len(keys(pairs))

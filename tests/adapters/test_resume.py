@@ -19,11 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from ranks import PATIENCE, run_cli, start, step_engine_of_the_loop, stop_at, train_all
-from selective_pref_adapters import checkpoints
-from selective_pref_adapters import deepspeed_loop as loop
 from selective_pref_adapters.cli import main
-from selective_pref_adapters.deepspeed_loop import TrainResult, train
-from selective_pref_adapters.train_config import TrainConfig
+from selective_pref_adapters.deepspeed_loop import TrainResult, checkpoints, loop, state, train
+from selective_pref_adapters.options import TrainConfig
 from tiny import make_model, text_rows, write_jsonl
 
 Configure = Callable[..., TrainConfig]
@@ -220,9 +218,9 @@ def test_two_runs_do_not_write_to_one_folder(configure: Configure) -> None:
 
 
 def test_random_states_come_back() -> None:
-    states = loop.random_states()
+    states = state.random_states()
     drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
-    loop.restore_random_states(states)
+    state.restore_random_states(states)
     assert [random.random(), np.random.rand(), torch.rand(1).item()] == drawn
 
 

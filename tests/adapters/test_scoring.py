@@ -22,14 +22,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError
-from selective_pref_adapters import scoring
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, from_bits, to_bits
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 from selective_pref_adapters.objectives import loss_of_batch, make_objective
 from selective_pref_adapters.pairs import PreferenceRow, TokenizedPair, collate, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, rows_of_pairs
-from selective_pref_adapters.scoring import compare_rows, fill_store, local_scores, reference_space
+from selective_pref_adapters.reference_store import (
+    ReferenceStore,
+    StoreError,
+    compare_rows,
+    fill_store,
+    identity,
+    local_scores,
+    reference_space,
+    rows_of_pairs,
+)
+from selective_pref_adapters.reference_store import fill as fill_module
 from tiny import WORDS, make_model, make_tokenizer, text_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,13 +147,13 @@ def test_batches_by_length_give_the_same_numbers(
     """As on a GPU: rows of like length side by side, no batch beyond its budget, every row once."""
     rows = list({row.key: row for row in rows_of_pairs(pairs)}.values())
     alone = {row.key: values for group in local_scores(rows, teacher, pad_token_id=0) for row, values in group}
-    groups = list(scoring._groups(sorted(rows, key=lambda row: -len(row.ids)), 48))
+    groups = list(fill_module._groups(sorted(rows, key=lambda row: -len(row.ids)), 48))
     assert [row for group in groups for row in group] == sorted(rows, key=lambda row: -len(row.ids))
     assert max(len(group) * max(len(row.ids) for row in group) for group in groups) <= 48
     assert len(groups) < len(rows) / 2
-    assert [len(group) for group in scoring._groups(rows[:3], 1)] == [1, 1, 1]
+    assert [len(group) for group in fill_module._groups(rows[:3], 1)] == [1, 1, 1]
     for group in groups:
-        batch = scoring._collate(group, 0, torch.device("cpu"))
+        batch = fill_module._collate(group, 0, torch.device("cpu"))
         with torch.no_grad():
             together = model_per_token_logps(teacher, batch)
         for row, line in zip(group, together, strict=True):
@@ -255,7 +263,7 @@ def test_what_changes_the_numbers_changes_the_space_and_nothing_else_does(
         "attention": name(loaded(attn_implementation="eager")),
         "vocabulary": name(loaded(), make_tokenizer(["user", "assistant", *WORDS[1:], WORDS[0]])),
     }
-    monkeypatch.setattr(scoring, "SCORING_VERSION", 2)
+    monkeypatch.setattr(identity, "SCORING_VERSION", 2)
     others["scoring version"] = name(loaded())
     assert len({base, *others.values()}) == 1 + len(others), others
 
@@ -540,10 +548,10 @@ def test_two_processes_share_the_work(tmp_path: Path, reference_folder: Path, pa
 
 TWO_PROCESSES = """
 import json, os, sys
-from selective_pref_adapters.score_command import score
-from selective_pref_adapters.score_config import ScoreConfig
-from selective_pref_adapters.scoring import fill_rows
-from selective_pref_adapters.reference_cache import ReferenceStore, rows_of_pairs
+from selective_pref_adapters.reference_store.command import score
+from selective_pref_adapters.options import ScoreConfig
+from selective_pref_adapters.reference_store import fill_rows
+from selective_pref_adapters.reference_store import ReferenceStore, rows_of_pairs
 from selective_pref_adapters.pairs import TokenizedPair
 
 model, pairs, folder, report = sys.argv[1:]

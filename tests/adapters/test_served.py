@@ -17,9 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selective_pref import NonFiniteError
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import PreferenceRow, TokenizedPair, collate, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, rows_of_pairs
-from selective_pref_adapters.scoring import fill_store, reference_space
-from selective_pref_adapters.served import Protocol, Server, ServerError, fill_from_server, served_space
+from selective_pref_adapters.reference_store import (
+    ReferenceStore,
+    StoreError,
+    fill_store,
+    reference_space,
+    rows_of_pairs,
+)
+from selective_pref_adapters.reference_store.served import Protocol, Server, ServerError, fill_from_server, served_space
 from tiny import text_rows
 
 Fault = Callable[["ModelServer", dict[str, Any], dict[str, Any]], Any]

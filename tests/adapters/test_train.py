@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from plain_loop import plain_torch_run, training_pairs
 from ranks import step_engine_of_the_loop, stop_at
 from selective_pref import NonFiniteError
-from selective_pref_adapters import deepspeed_loop
-from selective_pref_adapters.deepspeed_loop import load_model, train
+from selective_pref_adapters import references
+from selective_pref_adapters.deepspeed_loop import loop, train
+from selective_pref_adapters.deepspeed_loop.sampling import make_order, number_of_steps, pairs_per_step, share_of
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.models import load_model
+from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore
-from selective_pref_adapters.sampling import make_order, number_of_steps, pairs_per_step, share_of
-from selective_pref_adapters.scoring import fill_store, reference_space
-from selective_pref_adapters.train_config import TrainConfig
+from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
 from tiny import WORDS, make_model, text_rows, write_jsonl
 
 Configure = Callable[..., TrainConfig]
@@ -133,7 +133,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, policy_folder: Path, zero_stage: int
 ) -> None:
     """The losses are finite, the gradient is not: at the second step here."""
-    inside = deepspeed_loop.loss_of_batch
+    inside = loop.loss_of_batch
     calls = [0]
 
     def loss_of_batch(*arguments: Any) -> Any:
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(
                 out.losses.register_hook(lambda gradient: gradient * math.inf)
         return out
 
-    monkeypatch.setattr(deepspeed_loop, "loss_of_batch", loss_of_batch)
+    monkeypatch.setattr(loop, "loss_of_batch", loss_of_batch)
     options = {"max_steps": 4, "eval_fraction": 0, "zero_stage": zero_stage}
     with pytest.raises(NonFiniteError, match="step 2: the gradient is not finite although every loss is"):
         train(configure(**options))
@@ -196,15 +196,15 @@ def test_a_store_gives_the_run_of_the_reference_bit_by_bit_and_the_teacher_never
     def never(*_: Any) -> None:
         raise AssertionError("a reference ran")
 
-    monkeypatch.setattr(deepspeed_loop, "frozen_per_token_logps", never)
-    monkeypatch.setattr(deepspeed_loop, "start_frozen_engine", never)
+    monkeypatch.setattr(references, "frozen_per_token_logps", never)
+    monkeypatch.setattr(loop, "start_frozen_engine", never)
     stored: dict[str, Any] = {"ref_model": None, "reference_store": str(tmp_path / "store"), "epochs": 2}
     for number, options in enumerate(runs):
         config = configure(output_dir=str(tmp_path / f"stored{number}"), resume="auto", **stored, **options)
         if number == 0:
             stop_at(3)
             assert train(config).stopped_at == 3
-            deepspeed_loop.step_engine = step_engine_of_the_loop
+            loop.step_engine = step_engine_of_the_loop
         result = train(config)
         assert result.metrics == online[number].metrics
         one, other = (load_file(r.output_dir / "model.safetensors") for r in (result, online[number]))
@@ -575,7 +575,7 @@ def test_dropout_is_off_wherever_a_model_keeps_its_rates(tmp_path: Path, name: s
     rates = {key: 0.5 for key, value in known.to_dict().items() if "drop" in key and isinstance(value, (int, float))}
     config = AutoConfig.for_model(name, **{k: v for k, v in {**sizes, **rates}.items() if hasattr(known, k)})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), "float32")
+    model = load_model(str(tmp_path), dtype="float32")
     ids = torch.arange(1, 9).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)

@@ -27,14 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from selective_pref import NonFiniteError, dpo_loss, select, selective_dpo_loss, simpo_loss
-from selective_pref_adapters import trl_config, trl_trainer
 from selective_pref_adapters.batch import responses
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.reference_cache import MissingRowsError, ReferenceStore
-from selective_pref_adapters.trl_config import check_trl_version
+from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
+from selective_pref_adapters.trl_trainer import config as trl_config
+from selective_pref_adapters.trl_trainer import trainer as trl_trainer
+from selective_pref_adapters.trl_trainer.config import check_trl_version
 from tiny import make_model, text_rows, write_jsonl
 
 Make = Callable[..., SelectiveDPOTrainer]
@@ -700,7 +701,7 @@ def test_the_command_trains_from_a_recipe(
 def test_the_paper_s_recipe(tmp_path: Path) -> None:
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-    from selective_pref_adapters.trl_script import RECIPES, SelectiveDPOArguments, with_recipe
+    from selective_pref_adapters.trl_trainer.command import RECIPES, SelectiveDPOArguments, with_recipe
 
     words = with_recipe(["--config", "trl_paper.yaml", "--output_dir", str(tmp_path), "--use_cpu"])
     parser = TrlParser((SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig))

@@ -23,11 +23,17 @@ from transformers.trainer_callback import ExportableState
 from selective_pref import PreferenceLoss
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.hf_checks import check_rows, check_schedules, check_trainer, context_of, datasets_of
-from selective_pref_adapters.hf_collator import MAX_LENGTH
-from selective_pref_adapters.hf_loss import DISTANCE, SKIPPED, SelectivePreferenceLoss, Window
-from selective_pref_adapters.monitoring import SELF_REFERENCE, mean_over_pairs, same_weights
+from selective_pref_adapters.hf_trainer.checks import (
+    check_rows,
+    check_schedules,
+    check_trainer,
+    datasets_of,
+)
+from selective_pref_adapters.hf_trainer.loss import DISTANCE, SKIPPED, SelectivePreferenceLoss, Window
+from selective_pref_adapters.models import usable_length
+from selective_pref_adapters.monitoring import SELF_REFERENCE, mean_over_pairs
 from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
 from selective_pref_adapters.selection_picture import picture_rows, write_picture
 
 logger = logging.getLogger(__name__)
@@ -122,12 +128,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
         # Predictions would have two rows a pair, of which the Trainer would cut the wrong ones off.
         trainer.args.prediction_loss_only = True
         for reference in loss.references.values():
-            reference.policy = functools.partial(_runnable, trainer)
+            if isinstance(reference, AdapterOffReference):
+                reference.policy = functools.partial(_runnable, trainer)
         # A model that `model_init` makes later has the head it was born with.
         collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
         if collator.max_length is None:
             models = (trainer.model, *(reference.model for reference in loss.references.values()))
-            collator.max_length = min([MAX_LENGTH, *filter(None, map(context_of, models))])
+            collator.max_length = usable_length(None, {str(number): model for number, model in enumerate(models)})
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, trainer.model, list(loss.references.values()))
         _let_logs_carry_statistics(trainer)
@@ -156,7 +163,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
         for window in self.loss.windows.values():
             window.clear()
-        if state.global_step == 0 and self._selects and _reference_is_policy(self.trainer):
+        if state.global_step == 0 and self._selects and self._starts_at_the_reference():
             self._warn("self_reference")
         self._set_numbers(state.global_step)
 
@@ -186,6 +193,12 @@ class SelectionCallback(TrainerCallback, ExportableState):
             low_precision = args.bf16 or args.fp16 or next(self.trainer.model.parameters()).dtype != torch.float32
             if distance < (2e-2 if low_precision else 1e-3):
                 self._warn("self_reference")
+
+    def _starts_at_the_reference(self) -> bool:
+        """Whether the reference that scores is the initial policy; False where only the first step can tell."""
+        references = self.loss.references
+        reference = references.get(SCORING_REF_LOGPS) or references.get(REF_LOGPS)
+        return not self.trainer.is_fsdp_enabled and is_initial_policy(reference, self.trainer.model)
 
     @property
     def _selects(self) -> bool:
@@ -301,17 +314,6 @@ def _runnable(trainer: Any) -> Any:
     """The policy as it is to be called without a gradient: inside the engine where one shards its weights."""
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     return trainer.model_wrapped if sharded else trainer.model
-
-
-def _reference_is_policy(trainer: Any) -> bool:
-    """Whether a reference of its own has the policy's weights, where both are whole."""
-    reference = trainer.compute_loss_func.references.get(SCORING_REF_LOGPS)
-    reference = reference or trainer.compute_loss_func.references.get(REF_LOGPS)
-    if reference is None or reference.adapters_off:
-        return False  # the first step tells
-    models = (trainer.model, reference.model)
-    whole = not any(hasattr(parameter, "ds_id") for model in models for parameter in model.parameters())
-    return whole and not trainer.is_fsdp_enabled and same_weights(*models)
 
 
 def _let_logs_carry_statistics(trainer: Any) -> None:

@@ -40,7 +40,7 @@ import torch
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.files import sync, write_whole
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer, differing_token
-from selective_pref_adapters.shards import (
+from selective_pref_adapters.reference_store.shards import (
     KEY_BYTES,
     SUFFIX,
     DamagedStoreError,
@@ -53,7 +53,7 @@ from selective_pref_adapters.shards import (
     shard_bytes,
     writing,
 )
-from selective_pref_adapters.spaces import (
+from selective_pref_adapters.reference_store.spaces import (
     FILL,
     MANIFEST,
     Space,

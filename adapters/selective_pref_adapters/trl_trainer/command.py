@@ -25,9 +25,10 @@ from trl import (
     get_quantization_config,
 )
 
-from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

@@ -28,23 +28,23 @@ from trl import DPOTrainer
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.batch import REF_LOGPS, Batch, from_bits, to_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_logps_and_statistics
+from selective_pref_adapters.models import is_sharded, same_weights
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     finite_everywhere,
     mean_over_pairs,
     non_finite_error,
-    same_weights,
 )
-from selective_pref_adapters.objectives import loss_of_batch
+from selective_pref_adapters.objectives import loss_of_batch, needs_reference
 from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.reference_cache import ReferenceStore
-from selective_pref_adapters.scoring import fill_store, model_identity, reference_space
-from selective_pref_adapters.trl_config import (
+from selective_pref_adapters.reference_store.fill import fill_store
+from selective_pref_adapters.reference_store.identity import model_identity, reference_space
+from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.trl_trainer.config import (
     SelectiveDPOConfig,
     check_arguments,
     check_models,
     check_stored_dataset,
-    needs_reference,
     selects_by_alignment,
 )
 
@@ -390,11 +390,6 @@ def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_co
     if name != policy:
         options.pop("revision", None)  # the policy's
     return create_model_from_path(name, **options)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:

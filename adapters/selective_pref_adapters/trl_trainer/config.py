@@ -294,16 +294,6 @@ def check_models(policy: Any, reference: Any, tokenizer: Any, ref_tokenizer: Any
         )
 
 
-def needs_reference(objective: Objective) -> bool:
-    """Whether an objective fails without reference log-probs; it must not fail with them."""
-    check_objective(objective)
-    try:
-        check_objective(objective, reference=False)
-    except (ValueError, TypeError, AttributeError):
-        return True
-    return False
-
-
 def selects_by_alignment(args: SelectiveDPOConfig, objective: Objective | None) -> bool:
     """Whether the loss keeps some tokens by the alignment score; of an own objective, whether it scores tokens."""
     if objective is None:

@@ -7,8 +7,7 @@ reference's log-probs are in the labels (a store), or the reference is asked her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, Pool, PreferenceLoss, Ties, diagnostics, per_token_logps
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
-from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.hf_collator import PreferenceLabels
+from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of
+from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error
-from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, loss_of_batch, make_objective
-from selective_pref_adapters.train_config import UNREAD
+from selective_pref_adapters.objectives import check_objective, loss_of_batch, make_objective, needs_reference
+from selective_pref_adapters.options import UNREAD
+from selective_pref_adapters.references import AdapterOffReference, Reference, RunningReference, ref_logps_of
 
 SKIPPED = "selection/skipped_pairs"
 DISTANCE = "distance"  # of policy and reference; read by `SelectionCallback`, not logged
@@ -90,7 +89,7 @@ class SelectivePreferenceLoss:
         self.options = {**defaults, **options}
         self.non_finite = non_finite
         self.references = {
-            key: OnlineReference(model)
+            key: open_reference(model)
             for key, model in ((REF_LOGPS, ref_model), (SCORING_REF_LOGPS, scoring_ref_model))
             if model is not None
         }
@@ -98,7 +97,7 @@ class SelectivePreferenceLoss:
         self.final: dict[str, float] = {}  # and of its end: evaluations must be comparable with one another
         self.where = "a batch"  # for error messages
         self.windows: dict[str, Window] | None = None  # statistics, where somebody collects them
-        self.reads_reference = self._reads_reference()
+        self.reads_reference = needs_reference(self._bound())
         self.check()
 
     @property
@@ -116,16 +115,6 @@ class SelectivePreferenceLoss:
         if not isinstance(self.objective, str):
             return self.objective
         return make_objective(self.objective, **{**self.options, **numbers})
-
-    def _reads_reference(self) -> bool:
-        """Whether the loss compares the policy with a reference."""
-        if isinstance(self.objective, str):
-            return self.objective in NEEDS_REFERENCE
-        try:
-            check_objective(self.objective, reference=False)
-        except ValueError:
-            return True
-        return False
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of a micro-batch.
@@ -164,7 +153,7 @@ class SelectivePreferenceLoss:
             The losses of the kept pairs (of all, if none is), and which pairs of the batch were kept: bool [B].
         """
         training = torch.is_grad_enabled()
-        refs = {key: self._reference(key, labels) for key in (REF_LOGPS, SCORING_REF_LOGPS)}
+        refs = {key: ref_logps_of(labels, key, self.references.get(key)) for key in (REF_LOGPS, SCORING_REF_LOGPS)}
         if refs[REF_LOGPS] is None and self.reads_reference:
             raise ValueError(NO_REFERENCE.format(objective=self.objective))
         objective = self._bound(**(self.now if training else self.final))
@@ -199,11 +188,6 @@ class SelectivePreferenceLoss:
         ratios = torch.cat([out.chosen.log_ratios.flatten(), out.rejected.log_ratios.flatten()])
         return {**diagnostics(out), DISTANCE: ratios.abs().sum() / mask.sum().clamp(min=1)}
 
-    def _reference(self, key: str, labels: PreferenceLabels) -> Tensor | None:
-        if key in labels:
-            return from_bits(labels[key])
-        return self.references[key](labels) if key in self.references else None
-
 
 def logps_of(outputs: Any, labels: Mapping[str, Any]) -> Tensor:
     """The policy's log-probs [2B T] in what a model answered: those of the fused head, or from its logits."""
@@ -217,59 +201,31 @@ def logps_of(outputs: Any, labels: Mapping[str, Any]) -> Tensor:
 # --- a reference beside the policy -----------------------------------------------------------------------------------
 
 
-class OnlineReference:
-    """A model that does not learn, as a function: batch → log-probs [2B T]. It is set up at the first batch.
+def open_reference(model: nn.Module) -> Reference:
+    """A loaded model as a reference; a PEFT model that can be trained is the policy, and its adapters are switched off.
 
-    By then the policy has been wrapped: a reference of its own goes to the batch's device, or into a ZeRO-3 engine
-    where the policy is in one. A trainable PEFT model is the policy: it runs with its adapters switched off.
+    By the first batch the policy has been wrapped: a reference of its own then goes to the batch's device, or into a
+    ZeRO-3 engine where the policy is in one.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"a reference must be a loaded model; got {type(model).__name__} {model!r:.60}")
-        trainable = any(parameter.requires_grad for parameter in model.parameters())
-        self.model = model
-        self.adapters_off = hasattr(model, "disable_adapter") and trainable
-        self.policy: Callable[[], nn.Module] = lambda: model  # as the trainer wrapped it; `SelectionCallback` knows
-        self._engine: Any = None
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[2B T], without a gradient."""
-        if self.adapters_off:
-            with _adapters_off(self.model):
-                return frozen_per_token_logps(self.policy(), batch)
-        if self._engine is None:
-            self._engine = self._start(batch["input_ids"].device)
-        return frozen_per_token_logps(self._engine, batch)
-
-    def _start(self, device: torch.device) -> Any:
-        self.model.eval()
-        install_fused_head(self.model, at_first_call=True)
-        if not is_deepspeed_zero3_enabled():
-            return self.model.to(device)
-        import deepspeed
-
-        self.model.requires_grad_(False)
-
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3},
-            "bf16": {"enabled": next(self.model.parameters()).dtype == torch.bfloat16},
-        }
-        engine, *_ = deepspeed.initialize(model=self.model, config=config)
-        return engine
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a reference must be a loaded model; got {type(model).__name__} {model!r:.60}")
+    if hasattr(model, "disable_adapter") and any(parameter.requires_grad for parameter in model.parameters()):
+        return AdapterOffReference(model)
+    return RunningReference(model, start=_started)
 
 
-@contextmanager
-def _adapters_off(model: Any) -> Iterator[None]:
-    """In evaluation mode, without adapters; afterwards as before."""
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        model.train(training)
+def _started(model: nn.Module, device: torch.device) -> Any:
+    if not is_deepspeed_zero3_enabled():
+        return model.to(device)
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -27,16 +27,16 @@ import numpy as np
 
 from selective_pref import NonFiniteError
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
-from selective_pref_adapters.reference_cache import ReferenceStore, Row, Space, StoreError, rows_of_pairs
-from selective_pref_adapters.scoring import (
-    SCORING_VERSION,
+from selective_pref_adapters.reference_store.fill import (
     Scored,
     Scorer,
     ScoringReport,
     compare_rows,
     fill_rows,
 )
-from selective_pref_adapters.spaces import vocabulary_digest
+from selective_pref_adapters.reference_store.identity import SCORING_VERSION
+from selective_pref_adapters.reference_store.spaces import vocabulary_digest
+from selective_pref_adapters.reference_store.store import ReferenceStore, Row, Space, StoreError, rows_of_pairs
 
 Protocol: TypeAlias = Literal["completions", "prompt_logprobs"]
 

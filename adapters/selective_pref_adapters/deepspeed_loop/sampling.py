@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
+from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.train_config import TrainConfig
 
 FILLER = TokenizedPair(chosen_ids=[0, 0], rejected_ids=[0, 0], chosen_prompt_length=2, rejected_prompt_length=2)
 """A pair without a completion: it takes part in every pass and counts for nothing."""

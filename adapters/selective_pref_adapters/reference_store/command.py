@@ -18,24 +18,22 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from selective_pref_adapters.models import context_length, load_model, load_tokenizer, pad_token_id
+from selective_pref_adapters.options import PAPER_MAX_LENGTH, ScoreConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, prune, rows_of_pairs
-from selective_pref_adapters.score_config import ScoreConfig
-from selective_pref_adapters.scoring import (
+from selective_pref_adapters.reference_store.fill import (
     Comparison,
     Scorer,
     ScoringReport,
     compare_rows,
     fill_rows,
     local_scores,
-    reference_space,
 )
-from selective_pref_adapters.spaces import read_spaces
-
-PAPER_MAX_LENGTH = 4096
+from selective_pref_adapters.reference_store.identity import reference_space
+from selective_pref_adapters.reference_store.spaces import read_spaces
+from selective_pref_adapters.reference_store.store import ReferenceStore, StoreError, prune, rows_of_pairs
 
 
 def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
@@ -70,7 +68,7 @@ def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
         return verify(config, store, pairs, scorer)
     rows = rows_of_pairs(pairs)
     if config.url is not None:
-        from selective_pref_adapters.served import steady
+        from selective_pref_adapters.reference_store.served import steady
 
         scorer = steady(store, rows, scorer)
     report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
@@ -117,17 +115,20 @@ def local_reference(config: ScoreConfig) -> Reference:
     """The model of `ref_model` on this process's device."""
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
-    model = load_model(config, name)
+    model = load_frozen(config, name)
     label = Path(name).name if Path(name).exists() else name
     store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    scorer = partial(local_scores, model=model, pad_token_id=pad, batch_tokens=config.batch_tokens)
-    return store, scorer, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    scorer = partial(local_scores, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)
+    return store, scorer, tokenizer, context_length(model)
 
 
 def served_reference(config: ScoreConfig) -> Reference:
     """The model that `url` serves under the name `ref_model`."""
-    from selective_pref_adapters.served import Server, served_scorer, served_space  # needs an HTTP client
+    from selective_pref_adapters.reference_store.served import (  # needs an HTTP client
+        Server,
+        served_scorer,
+        served_space,
+    )
 
     headers = {}
     if config.api_key_variable is not None:
@@ -150,31 +151,10 @@ def served_reference(config: ScoreConfig) -> Reference:
     return store, served_scorer(server, tokenizer), tokenizer, None
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    return _load("tokenizer", name, AutoTokenizer.from_pretrained)
-
-
-def load_model(config: ScoreConfig, name: str) -> torch.nn.Module:
+def load_frozen(config: ScoreConfig, name: str) -> torch.nn.Module:
     """A causal LM from a folder or hub id, frozen, on this process's device."""
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if config.attention is not None:
-        options["attn_implementation"] = config.attention
-    model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options))
+    model = load_model(name, dtype=config.dtype, attention=config.attention)
     return model.to(_device()).eval().requires_grad_(False)
-
-
-def _load(kind: str, name: str, loader: Any) -> Any:
-    folder = Path(name)
-    if folder.exists() and not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json")):
-        raise ValueError(
-            f"{name} is no model folder: expected a config.json, a tokenizer and safetensors weights in it"
-        )
-    try:
-        return loader(name)
-    except (OSError, ValueError, ImportError) as error:
-        where = "the folder is incomplete" if folder.exists() else "there is no such folder, nor a hub model at hand"
-        raise ValueError(f"cannot load the {kind} of {name!r} ({where}): {error}") from error
 
 
 def _device() -> torch.device:
@@ -228,8 +208,7 @@ def _pairs_without_reference(config: ScoreConfig) -> list[TokenizedPair] | None:
     if context is None and config.ref_model is not None and Path(config.ref_model).is_dir():
         from transformers import AutoConfig
 
-        text = AutoConfig.from_pretrained(config.ref_model).get_text_config()
-        context = getattr(text, "max_position_embeddings", None)
+        context = context_length(AutoConfig.from_pretrained(config.ref_model))
     return load_pairs(config, load_tokenizer(name), context)[0]
 
 

@@ -12,9 +12,11 @@ import torch
 from transformers import Trainer
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
-from selective_pref_adapters.hf_collator import PreferenceCollator
-from selective_pref_adapters.hf_loss import NO_REFERENCE, SelectivePreferenceLoss
+from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
+from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
+from selective_pref_adapters.models import check_token_ids, context_length
 from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.references import AdapterOffReference
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -82,12 +84,13 @@ def check_references(trainer: Trainer) -> None:
         if not given and key == REF_LOGPS and loss.reads_reference:
             raise ValueError(NO_REFERENCE.format(objective=loss.objective))
     for reference in loss.references.values():
-        if reference.model is trainer.model and not reference.adapters_off:
+        switched = isinstance(reference, AdapterOffReference)
+        if reference.model is trainer.model and not switched:
             raise ValueError(
                 "the reference is the policy itself and would move with it: load a second copy (PEFT models may be "
                 "their own reference: their adapters are switched off)"
             )
-        if reference.adapters_off and reference.model is not trainer.model:
+        if switched and reference.model is not trainer.model:
             raise ValueError("the reference is another PEFT model, which could be trained: requires_grad_(False) it")
 
 
@@ -107,17 +110,14 @@ def check_rows(name: str, dataset: Any, collator: PreferenceCollator, model: Any
         raise ValueError(f"{name} is empty")
     longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
-    for who, its_model in (("policy", model), *(("reference", reference.model) for reference in references)):
-        context, size = context_of(its_model), getattr(_text_config(its_model), "vocab_size", None)
+    models = {"policy": model, **{f"reference {n}": r.model for n, r in enumerate(references, start=1)}}
+    for who, its_model in models.items():
+        context = context_length(its_model)
         if context is not None and longest > context:
             raise ValueError(
                 f"{name} holds {longest} tokens in one row, more than the {who} can read ({context}): set max_length"
             )
-        if size is not None and highest >= size:
-            raise ValueError(
-                f"{name} holds token id {highest}, outside the {who}'s vocabulary of {size}: tokenizer and model do "
-                "not belong together"
-            )
+    check_token_ids(highest, models, where=f"{name} holds ")
     for store in collator.stores.values():
         store.check(pairs)
 
@@ -131,17 +131,7 @@ def datasets_of(trainer: Trainer) -> list[tuple[str, Any]]:
     return [(name, dataset) for name, dataset in named if hasattr(dataset, "__len__")]
 
 
-def context_of(model: Any) -> int | None:
-    """How many tokens a model can read, where its configuration says so."""
-    return getattr(_text_config(model), "max_position_embeddings", None)
-
-
 def _streams(trainer: Trainer) -> bool:
     sets = [trainer.train_dataset, trainer.eval_dataset]
     sets += trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else []
     return any(isinstance(dataset, torch.utils.data.IterableDataset) for dataset in sets)
-
-
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

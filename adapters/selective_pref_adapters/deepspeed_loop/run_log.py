@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-import selective_pref_adapters.checkpoints as checkpoints
+import selective_pref_adapters.deepspeed_loop.checkpoints as checkpoints
+from selective_pref_adapters.deepspeed_loop.state import Metrics
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.train_config import TrainConfig
-
-Metrics: TypeAlias = dict[str, float]
+from selective_pref_adapters.options import TrainConfig
 
 
 class RunLog:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError
+from selective_pref_adapters.reference_store.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json.gz"

@@ -1,21 +1,4 @@
-"""Preference training with the plain Hugging Face `Trainer`: a loss, a collator and a callback.
-
-In: a `Trainer` of your own. Out: the same `Trainer`, training on preference pairs:
-
-    Trainer(
-        model=model,
-        args=TrainingArguments(..., remove_unused_columns=False),
-        train_dataset=pairs,
-        data_collator=PreferenceCollator(tokenizer),
-        compute_loss_func=SelectivePreferenceLoss(ref_model=stronger_model),
-        callbacks=[SelectionCallback()],
-    )
-
-The collator makes one padded batch of pairs, with stored reference log-probs where there is a store. The loss turns the
-model's answer into Selective-DPO (or another objective). The callback moves the ratio and β, logs what was selected,
-and warns. Whoever subclasses takes `SelectivePreferenceTrainer`, or puts `SelectivePreferenceMixin` in front of a
-trainer of their own: it passes the same three objects on, so both ways are one.
-"""
+"""For those who subclass `Trainer`: a mixin that passes the same loss, collator and callback on to it."""
 
 from __future__ import annotations
 
@@ -23,21 +6,10 @@ from typing import Any
 
 from transformers import Trainer
 
-from selective_pref_adapters.hf_callback import SelectionCallback
-from selective_pref_adapters.hf_collator import PreferenceCollator, PreferenceLabels
-from selective_pref_adapters.hf_loss import SelectivePreferenceLoss
-from selective_pref_adapters.objectives import Schedule
-from selective_pref_adapters.reference_cache import ReferenceStore
-
-__all__ = [
-    "PreferenceCollator",
-    "PreferenceLabels",
-    "Schedule",
-    "SelectionCallback",
-    "SelectivePreferenceLoss",
-    "SelectivePreferenceMixin",
-    "SelectivePreferenceTrainer",
-]
+from selective_pref_adapters.hf_trainer.callback import SelectionCallback
+from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
+from selective_pref_adapters.hf_trainer.loss import SelectivePreferenceLoss
+from selective_pref_adapters.reference_store.store import ReferenceStore
 
 
 class SelectivePreferenceMixin:

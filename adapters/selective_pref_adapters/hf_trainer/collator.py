@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
+from selective_pref_adapters.models import pad_token_id
+from selective_pref_adapters.options import PAPER_MAX_LENGTH, Truncation
 from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore
-from selective_pref_adapters.train_config import Truncation
+from selective_pref_adapters.reference_store.store import ReferenceStore
 
-MAX_LENGTH = 4096  # the paper's
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
 
 
@@ -102,8 +102,7 @@ class PreferenceCollator:
             MissingRowsError: a store lacks a row.
         """
         pairs = self.pairs(rows)
-        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
-        batch = collate(pairs, pad)
+        batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
         for key, store in ((REF_LOGPS, self.ref_store), (SCORING_REF_LOGPS, self.scoring_ref_store)):
             if store is not None:
@@ -128,7 +127,7 @@ class PreferenceCollator:
             return TokenizedPair(**{name: row[name] for name in _IDS}, place=place)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
-        limit = self.max_length or min(MAX_LENGTH, self.tokenizer.model_max_length)
+        limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)
         read = preference_row(dict(row), place)
         try:
             (pair,), _ = tokenize_pairs([read], self.tokenizer, max_length=limit, truncation_mode=self.truncation_mode)

@@ -1,0 +1,160 @@
+"""Going on with a run: what makes it the same run, its checkpoints, and the signal that asks it to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import selective_pref_adapters.deepspeed_loop.checkpoints as checkpoints
+from selective_pref_adapters.deepspeed_loop.state import Progress, TrainResult, random_states, restore_random_states
+from selective_pref_adapters.files import write_whole
+from selective_pref_adapters.options import MAY_CHANGE_ON_RESUME, TrainConfig
+from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.reference_store import ReferenceStore
+
+
+def identity_of(
+    config: TrainConfig,
+    world_size: int,
+    train_pairs: Sequence[TokenizedPair],
+    eval_pairs: Sequence[TokenizedPair],
+    stores: Mapping[str, ReferenceStore],
+) -> dict[str, Any]:
+    """What shapes a run: options, number of processes, what the data and the stores hold."""
+
+    def digest(pairs: Sequence[TokenizedPair]) -> str:
+        text = hashlib.sha256()
+        for p in pairs:
+            text.update(repr((p.chosen_ids, p.rejected_ids, p.chosen_prompt_length, p.rejected_prompt_length)).encode())
+        return f"{len(pairs)} pairs, {text.hexdigest()[:16]}"
+
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
+    spaces = {f"{name.replace(' ', '_')}_space": store.space.name for name, store in stores.items()}
+    data = {"training_data": digest(train_pairs), "evaluation_data": digest(eval_pairs)}
+    return {**options, **spaces, "processes": world_size, **data}
+
+
+FIXED = ("dtype", "zero_stage", "offload_optimizer", "offload_parameters", "processes")
+"""What the files of a checkpoint depend on: no force makes them fit another."""
+
+
+def check_same_run(checkpoint: Path | None, folder: Path, identity: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Raises ValueError where the run to be resumed differs from this one; the differences, where they are forced."""
+    recorded = (checkpoint or folder) / "run.json"
+    if config.resume is None or not recorded.exists():
+        return []
+    theirs = json.loads(recorded.read_text(encoding="utf-8"))
+    ours = json.loads(json.dumps(identity))
+    changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    listed = [f"{name} was {theirs.get(name)!r}, is now {ours.get(name)!r}" for name in changed]
+    if changed and not config.force_resume:
+        raise ValueError(
+            f"{recorded.parent} belongs to another run: {'; '.join(listed)}. Give the options that it was started "
+            "with, start a new run in another output_dir, or take the change with --force-resume"
+        )
+    fixed = [line for name, line in zip(changed, listed, strict=True) if name in FIXED]
+    if checkpoint is not None and fixed:
+        raise ValueError(
+            f"{checkpoint} cannot be read otherwise than it was written: {'; '.join(fixed)}. Resume it as it was, or "
+            "finish that run and start a new one from its saved model"
+        )
+    return [f"resumed with a difference: {line}" for line in listed]
+
+
+def checkpoint_to_resume(config: TrainConfig, output_dir: Path) -> Path | None:
+    """The checkpoint that the configuration asks for, if there is one; the same on every process.
+
+    Raises:
+        ValueError: a checkpoint was named that is absent or incomplete, or processes see different ones.
+    """
+    found = None
+    if config.resume == "auto":
+        found = checkpoints.newest_complete(output_dir / "checkpoints")
+    elif config.resume is not None:
+        found = Path(config.resume)
+        if not checkpoints.is_complete(found):
+            raise ValueError(f"resume: {found} is no complete checkpoint (expected 'auto' or .../checkpoints/step-...)")
+    steps: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, None if found is None else checkpoints.step_of(found))
+    if len(set(steps)) > 1:
+        raise ValueError(f"processes see different checkpoints (steps {steps}): output_dir must be one shared folder")
+    return found
+
+
+def finished_run(output_dir: Path) -> TrainResult | None:
+    """What a run in this folder left behind, if it came to its end."""
+    if not (output_dir / "summary.json").exists():
+        return None
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
+    return TrainResult(output_dir=output_dir, metrics=[json.loads(line) for line in lines], summary=summary)
+
+
+def save_checkpoint(engine: Any, folder: Path, progress: Progress, identity: dict[str, Any], keep: int) -> None:
+    """Writes everything that going on takes; every process must call it.
+
+    Model, optimiser and scheduler are DeepSpeed's files; progress and random states one file for each process; the
+    identity of the run is `run.json`. It becomes a checkpoint when all of it is there: see `checkpoints`.
+
+    Raises:
+        OSError: it could not be written. Nothing of it is left, and earlier checkpoints are as they were.
+    """
+    rank = dist.get_rank()
+    aside = folder / f".step-{progress.step:08d}"
+    try:
+        if rank == 0:
+            aside = checkpoints.begin(folder, progress.step)
+        dist.barrier()
+        engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
+        torch.save({"progress": vars(progress), "random": random_states()}, aside / f"process-{rank:05d}.pt")
+        dist.barrier()
+        if rank == 0:
+            write_whole(aside / "run.json", json.dumps(identity, indent=1) + "\n")
+            checkpoints.publish(folder, progress.step, keep)
+        dist.barrier()
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
+        if rank == 0:
+            checkpoints.abandon(folder, progress.step)
+        raise OSError(
+            f"the checkpoint of step {progress.step} could not be written to {folder}: {error}. Earlier ones are as "
+            "they were: make room, and go on with --resume auto"
+        ) from error
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> Progress:
+    """Puts model, optimiser, scheduler and random states where the checkpoint had them; returns its progress."""
+    loaded, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
+    if loaded is None:
+        raise ValueError(f"DeepSpeed cannot load {checkpoint}")
+    own = torch.load(checkpoint / f"process-{dist.get_rank():05d}.pt", weights_only=True, map_location=engine.device)
+    restore_random_states(own["random"])
+    return Progress(**own["progress"])
+
+
+class StopRequest:
+    """Notes SIGTERM, so that a run can stop where it can be resumed, instead of being killed by it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # signals can be handled nowhere else
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.requested = True

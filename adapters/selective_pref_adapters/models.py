@@ -1,0 +1,149 @@
+"""Models and tokenizers: loaded once, and asked what they can read.
+
+In: the folder or hub id of a causal language model, or a loaded one. Out: the model and its tokenizer, or an error that
+says what is wrong with the folder; its context length, its vocabulary, whether its weights are sharded, whether two
+models have equal weights. Every adapter and command asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selective_pref_adapters.options import PAPER_MAX_LENGTH
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ValueError: there is none; says whether the folder is absent or incomplete.
+    """
+    return _load("tokenizer", name, AutoTokenizer.from_pretrained, ("config.json", "tokenizer_config.json"))
+
+
+def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Module:
+    """A causal LM from a folder or hub id, with every dropout rate 0: policy and reference must differ by weights only.
+
+    Args:
+        name: the folder or hub id.
+        dtype: of the weights, as torch names it: "float32", "bfloat16" or "float16".
+        attention: attention implementation, as transformers names them ("eager", "sdpa", …); None for its choice.
+
+    Raises:
+        ValueError: there is no such model; says whether the folder is absent or incomplete.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options), ("config.json",))
+    for module in model.modules():
+        rates = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for rate in rates:
+            if isinstance(getattr(module, rate), float):
+                setattr(module, rate, 0.0)
+    return model
+
+
+def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str, ...]) -> Any:
+    folder = Path(name)
+    if folder.exists() and not any((folder / file).is_file() for file in needed):
+        raise ValueError(
+            f"{name} is no model folder: expected a config.json, a tokenizer and safetensors weights in it"
+        )
+    try:
+        return loader(name)
+    except (OSError, ValueError, ImportError) as error:
+        where = "the folder is incomplete" if folder.exists() else "there is no such folder, nor a hub model at hand"
+        raise ValueError(f"cannot load the {kind} of {name!r} ({where}): {error}") from error
+
+
+# --- what a model can read -------------------------------------------------------------------------------------------
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the part of a model that reads text; models of text and images nest it."""
+    config = getattr(model, "config", model)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens a model (or a configuration) can read, where its configuration says so."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """How many token ids a model (or a configuration) knows, where its configuration says so."""
+    return getattr(text_config(model), "vocab_size", None)
+
+
+def usable_length(max_length: int | None, models: Mapping[str, Any]) -> int:
+    """`max_length`, checked against (or by default taken from) what all models can read, at most the paper's 4096.
+
+    Args:
+        max_length: tokens of prompt + completion, or None.
+        models: name → model or configuration; names are for the error message.
+
+    Raises:
+        ValueError: a model cannot read so many tokens.
+    """
+    contexts = {name: length for name, model in models.items() if (length := context_length(model)) is not None}
+    for name, context in contexts.items():
+        if max_length is not None and max_length > context:
+            raise ValueError(f"max_length {max_length} is longer than the {name} can read ({context} tokens)")
+    return max_length if max_length is not None else min([PAPER_MAX_LENGTH, *contexts.values()])
+
+
+def check_token_ids(highest: int, models: Mapping[str, Any], where: str = "") -> None:
+    """Raises ValueError where token id `highest` has no row in a model's embedding.
+
+    Args:
+        highest: the highest token id that is going to be read.
+        models: name → model or configuration; names are for the error message.
+        where: what holds the id, to put in front, as ``"train_dataset holds "``.
+    """
+    for name, model in models.items():
+        size = vocabulary_size(model)
+        if size is not None and highest >= size:
+            raise ValueError(
+                f"{where}token id {highest} is outside the {name}'s vocabulary of {size}: tokenizer and model do not "
+                "belong together"
+            )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """What fills the ends of shorter rows: the padding token, else the EOS token, else 0. Masks hide it."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def same_weights(policy: nn.Module, reference: nn.Module | None) -> bool:
+    """Whether the reference is, weight for weight, the policy; of sharded weights, this process's part."""
+    if reference is None:
+        return False
+    ours, theirs = _weights(policy), _weights(reference)
+    return ours.keys() == theirs.keys() and all(_equal(ours[name], theirs[name]) for name in ours)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter by name; of one that ZeRO-3 has sharded, this process's part."""
+    return {name: getattr(parameter, "ds_tensor", parameter).detach() for name, parameter in model.named_parameters()}
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
