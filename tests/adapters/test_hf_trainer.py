@@ -39,9 +39,9 @@ from selective_pref_adapters.hf_trainer import (
     SelectivePreferenceTrainer,
 )
 from selective_pref_adapters.hf_trainer.callback import wrong_signs
-from selective_pref_adapters.hf_trainer.loss import OnlineReference
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
+from selective_pref_adapters.references import AdapterOffReference
 from selective_pref_adapters.selection_picture import PictureRow, selection_picture
 from tiny import make_model, text_rows, write_jsonl
 from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory, trl_trajectory
@@ -638,7 +638,9 @@ def test_an_adapter_switched_off_is_a_reference(build: Run, pairs: list[Tokenize
     fresh = lora(policy_folder)
     for mode in (True, False):
         fresh.train(mode)
-        OnlineReference(fresh)(PreferenceCollator(AutoTokenizer.from_pretrained(policy_folder))(pairs[:2])["labels"])
+        AdapterOffReference(fresh)(
+            PreferenceCollator(AutoTokenizer.from_pretrained(policy_folder))(pairs[:2])["labels"]
+        )
         assert fresh.training is mode
     build(model=fresh, loss=SelectivePreferenceLoss(ref_model=fresh), callback=callback, max_steps=1).train()
     assert callback.warnings[0]["kind"] == "self_reference"

@@ -33,11 +33,11 @@ from selective_pref_adapters.reference_store import (
     compare_rows,
     fill_store,
     identity,
-    local_scores,
     reference_space,
     rows_of_pairs,
 )
 from selective_pref_adapters.reference_store import fill as fill_module
+from selective_pref_adapters.reference_store.fill import local_scores
 from tiny import WORDS, make_model, make_tokenizer, text_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,10 +34,10 @@ from selective_pref_adapters.reference_store import (
     ReferenceStore,
     Row,
     Space,
-    local_scores,
     model_identity,
     rows_of_pairs,
 )
+from selective_pref_adapters.reference_store.fill import local_scores
 from selective_pref_adapters.reference_store.spaces import vocabulary_digest
 
 OPEN = """
