@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -135,40 +137,49 @@ def test_imports_of_the_core_point_one_way() -> None:
 
 
 ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
-FLOORS = (
-    {"files", "options"},
-    {"models", "pairs"},
-    {"batch"},
-    {"heads", "objectives", "monitoring", "selection_picture"},
-    {"reference_store"},
-    {"references"},
-    {"deepspeed_loop", "hf_trainer", "trl_trainer"},
-    {"replication"},
+TRAINERS = {"deepspeed_loop", "hf_trainer", "trl_trainer"}
+FLOORS = [
     {"cli"},
-)
-"""The rooms of the adapters, from the ground up: a room imports rooms of lower floors only, or of its own folder."""
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    {"replication"},
+    TRAINERS,
+    {"references"},
+    {"reference_store"},
+    {"heads", "objectives", "selection_picture", "monitoring"},
+    {"batch"},
+    {"pairs"},
+    {"models"},
+    {"options", "files"},
+]
+"""The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 
 
-def room_of(path: Path) -> str:
-    """The folder or module of the adapters' top floor that a file belongs to."""
-    return path.relative_to(ADAPTERS).parts[0].removesuffix(".py")
+def picture_of_the_rooms() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("room", sorted(FLOOR_OF))
+@pytest.mark.parametrize("room", sorted(set().union(*FLOORS)))
 def test_a_room_imports_rooms_below_it(room: str) -> None:
-    paths = [path for path in ADAPTERS.rglob("*.py") if room_of(path) == room]
-    assert paths
-    for path in paths:
-        for name in imported(path, module_level=True) | imported(path, module_level=False):
-            package, _, module = name.partition(".")
-            other = module.split(".")[0]
-            if package == "selective_pref_adapters" and other and other != room:
-                assert FLOOR_OF[other] < FLOOR_OF[room], f"{path.relative_to(ADAPTERS)} imports {name}"
+    depth = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
+    imports = picture_of_the_rooms().imports()
+    assert not {other for other in imports[room] - {"selective_pref"} if depth[other] <= depth[room]}
 
 
-def test_every_module_of_the_adapters_has_a_floor() -> None:
-    assert {room_of(path) for path in ADAPTERS.rglob("*.py")} - {"__init__"} == FLOOR_OF.keys()
+def test_the_rooms_are_those_of_the_picture() -> None:
+    drawing = picture_of_the_rooms()
+    assert drawing.imports().keys() == set().union(*FLOORS)
+    floors = drawing.floors(drawing.imports())  # raises where imports run in a circle
+    shown = drawing.PICTURE.read_text(encoding="utf-8")
+    assert all(f">{room}</text>" in shown for room in floors), "draw it again: python docs/draw_architecture.py"
+
+
+def test_imports_in_a_circle_are_named() -> None:
+    with pytest.raises(ValueError, match="in a circle: a → b → a"):
+        picture_of_the_rooms().floors({"a": {"b"}, "b": {"a"}})
 
 
 def test_no_folder_of_the_adapters_is_crowded() -> None:
