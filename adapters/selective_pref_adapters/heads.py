@@ -14,12 +14,13 @@ its own forward, not by its name) is served by its logits, and a log line says s
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from selective_pref_adapters.model_inputs import causal_lm, further_inputs, inpu
 from selective_pref_adapters.pairs import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
+
+Options = dict[str, Any]  # logit_scale and softcap, as `fused_per_token_logps` takes them
 
 
 def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
@@ -111,10 +114,10 @@ def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool
     if "forward" in vars(causal):
         _log_why_not(causal, f"its forward is not its class's own: {_REPLACED}")
         return False
-    fused = None if at_first_call else _decide(causal)
-    if fused is False:
+    options = None if at_first_call else _decide(causal)
+    if options is False:
         return False
-    causal._fused_head, causal.__class__ = fused, _class_with_fused_head(type(causal))
+    causal._fused_head, causal.__class__ = options, _class_with_fused_head(type(causal))
     return True
 
 
@@ -125,9 +128,13 @@ class WithFusedHead:
     the fused head, too.
     """
 
+    _fused_head = None  # options, once decided
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         with _as_its_own_class(self):
-            return self.__reduce_ex__(protocol)
+            maker, *others = self.__reduce_ex__(max(protocol, 2))
+        # A pickler compares the class that `__newobj__` is to make with the object's.
+        return (object.__new__ if maker is copyreg.__newobj__ else maker, *others)
 
     def __deepcopy__(self, memo: Any) -> Any:
         kind = type(self)
@@ -175,13 +182,13 @@ def _is_fused(causal: Any) -> bool:
     """Whether the head can be called for log-probs: decided once, and no adapter or hook was put on it since."""
     if causal._fused_head is None:
         causal._fused_head = _decide(causal)
-    return causal._fused_head and _not_plain(causal.get_output_embeddings()) is None
+    return causal._fused_head is not False and _not_plain(causal.get_output_embeddings()) is None
 
 
 @torch.compiler.disable
 def _call_head(causal: Any, hidden: Tensor, labels: Tensor, statistics: bool) -> Any:
     """Log-probs [B T] (and statistics) from the head, which is called as a module with its forward replaced."""
-    head, options = causal.get_output_embeddings(), _head_options(causal)
+    head, options = causal.get_output_embeddings(), causal._fused_head
 
     def fused(hidden: Tensor) -> Any:
         places = labels.to(hidden.device)
@@ -229,22 +236,24 @@ def _dense_logps_and_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor,
 
 # --- whether the fused head gives the same numbers -------------------------------------------------------------------
 
+_PLAIN: Options = {"logit_scale": 1.0, "softcap": None}
 _REPLACED = "accelerate has put hooks on it (device_map, offload), or an earlier trainer or a patch has replaced it"
 
 
-def _decide(causal: Any) -> bool:
-    """Whether the fused head serves this model; says why not."""
-    reason = _why_not(causal)
-    if reason is not None:
-        _log_why_not(causal, reason)
-    return reason is None
+def _decide(causal: Any) -> Options | Literal[False]:
+    """The options with which the fused head serves this model; False where it does not, and a log line says why."""
+    found = _fitting_options(causal)
+    if isinstance(found, str):
+        _log_why_not(causal, found)
+        return False
+    return found
 
 
 def _log_why_not(causal: Any, reason: str) -> None:
     logger.warning("%s is served by its logits, not by the fused head: %s", type(causal).__name__, reason)
 
 
-def _head_options(causal: Any) -> dict[str, float | None]:
+def _named_options(causal: Any) -> Options:
     """The scale and the soft cap that a model's configuration names, as `fused_per_token_logps` takes them."""
     config = text_config(causal)
     scale = getattr(config, "logit_scale", None)  # Cohere multiplies
@@ -264,12 +273,13 @@ def _not_plain(head: Any) -> str | None:
     return None
 
 
-def _why_not(causal: Any) -> str | None:
-    """None where the fused head computes this model's log-probs; otherwise what stands against it.
+def _fitting_options(causal: Any) -> Options | str:
+    """The options with which the fused head computes this model's log-probs; otherwise what stands against it.
 
     The model's own forward is run once with its head replaced by a fixed ramp of products: what comes out must be our
     transform of the ramp (over the whole range of logits, not only what today's weights produce), and what went into
-    the head must be the body's output.
+    the head must be the body's output. Some models of text and images do not apply what their text part's
+    configuration names, so the ramp may also come out as it went in.
     """
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if (reason := _not_plain(head)) is not None:
@@ -294,15 +304,15 @@ def _why_not(causal: Any) -> str | None:
     finally:
         for module, training in modes:
             module.training = training
-    options = _head_options(causal)
-    expected = ramp.to(hidden.dtype) * options["logit_scale"]
-    if options["softcap"] is not None:
-        expected = torch.tanh(expected / options["softcap"]) * options["softcap"]
-    tolerance = 8 * torch.finfo(hidden.dtype).eps
-    if logits.shape[-1] != head.out_features or not torch.allclose(
-        logits[0, 0].float(), expected.float(), rtol=tolerance, atol=200 * tolerance
-    ):
-        return "it changes its logits in a way that its configuration does not name"
     if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.allclose(seen[0], hidden, equal_nan=True):
         return "something stands between its body and its head"
-    return None
+    tolerance = 8 * torch.finfo(hidden.dtype).eps
+    for options in (_named_options(causal), _PLAIN):
+        expected = ramp.to(hidden.dtype) * options["logit_scale"]
+        if (cap := options["softcap"]) is not None:
+            expected = torch.tanh(expected / cap) * cap
+        if logits.shape[-1] == head.out_features and torch.allclose(
+            logits[0, 0].float(), expected.float(), rtol=tolerance, atol=200 * tolerance
+        ):
+            return options
+    return "it changes its logits in a way that its configuration does not name"

@@ -43,6 +43,15 @@ def further_inputs(model: Any, batch: Batch) -> list[str]:
     return [name for name in batch if name not in _NOT_INPUTS and name in takes]
 
 
+def check_stored_inputs(model: Any, batch: Batch) -> None:
+    """Raises ValueError where a model reads more of a batch than a store of reference log-probs can be asked for."""
+    if names := further_inputs(model, batch):
+        raise ValueError(
+            f"the collator also gives the model {', '.join(names)}, and a store holds log-probs of token ids alone: "
+            "leave them out of the batch, or give a reference model that runs beside the policy instead of the store"
+        )
+
+
 def causal_lm(model: Any) -> Any:
     """The transformers model inside the wrappers of PEFT and of training engines; without one, what was given."""
     return next((module for module in model.modules() if hasattr(type(module), "get_output_embeddings")), model)
