@@ -237,7 +237,10 @@ def _dense_logps_and_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor,
 # --- whether the fused head gives the same numbers -------------------------------------------------------------------
 
 _PLAIN: Options = {"logit_scale": 1.0, "softcap": None}
-_REPLACED = "accelerate has put hooks on it (device_map, offload), or an earlier trainer or a patch has replaced it"
+_REPLACED = (
+    "accelerate has put hooks on it (device_map, offload), or an earlier trainer or a patch has replaced it on this "
+    "object (then load the model anew)"
+)
 
 
 def _decide(causal: Any) -> Options | Literal[False]:

@@ -662,16 +662,14 @@ def test_bf16(build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: Ref
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_trains_the_same(build: Run, pairs: list[TokenizedPair], backend: str) -> None:
-    options = {"train": pairs[:4], "evaluation": pairs[:4], "max_steps": 2}  # one batch, and so one shape
+    options = {"train": pairs[:4], "max_steps": 2}  # one batch, and so one shape
     plain = build(**options)
     torch._dynamo.reset()
     compiled = build(**options, torch_compile=True, torch_compile_backend=backend)
     for trainer in (plain, compiled):
         trainer.train()
-        trainer.evaluate()
     torch._dynamo.reset()
-    for key in ("loss", "eval_loss"):
-        assert_alike(logged(compiled, key), logged(plain, key))
+    assert_alike(logged(compiled), logged(plain))
 
 
 class Spreading(PreferenceCollator):

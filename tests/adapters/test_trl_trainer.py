@@ -535,15 +535,12 @@ def test_bf16_autocast_reports_in_float32(make: Make) -> None:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_model_trains_the_same_and_generates_as_before(
-    make: Make, policy_folder: Path, backend: str
-) -> None:
+def test_a_compiled_model_trains_the_same_and_generates_as_before(make: Make, policy_folder: Path) -> None:
     rows = Dataset.from_list(ROWS[:8])  # one batch, and so one shape
     options = {"train_dataset": rows, "eval_dataset": rows, "max_steps": 2}
     plain = trained(make(**options))
     torch._dynamo.reset()
-    compiled = trained(make(**options, torch_compile=True, torch_compile_backend=backend))
+    compiled = trained(make(**options, torch_compile=True, torch_compile_backend="eager"))
     for one, two in zip(steps_of(plain), steps_of(compiled), strict=True):
         for metric in ("loss", "grad_norm", "rewards/margins", "entropy"):
             assert two[metric] == pytest.approx(one[metric], rel=1e-4, abs=1e-5), metric
