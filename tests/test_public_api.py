@@ -145,6 +145,7 @@ FLOORS = [
     {"references"},
     {"reference_store"},
     {"heads", "objectives", "selection_picture", "monitoring"},
+    {"model_inputs"},
     {"batch"},
     {"pairs"},
     {"models"},

@@ -661,6 +661,48 @@ def test_bf16(build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: Ref
         assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_trains_the_same(build: Run, pairs: list[TokenizedPair], backend: str) -> None:
+    options = {"train": pairs[:4], "max_steps": 2}  # one batch, and so one shape
+    plain = build(**options)
+    torch._dynamo.reset()
+    compiled = build(**options, torch_compile=True, torch_compile_backend=backend)
+    for trainer in (plain, compiled):
+        trainer.train()
+    torch._dynamo.reset()
+    assert_alike(logged(compiled), logged(plain))
+
+
+class Spreading(PreferenceCollator):
+    """Reads every text with gaps between its positions; `told` says whether the reference is told."""
+
+    told = False
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        positions = 3 * torch.arange(batch["input_ids"].shape[1]).repeat(len(batch["input_ids"]), 1)
+        if self.told:
+            batch["labels"]["position_ids"] = positions
+        return {**batch, "position_ids": positions}
+
+
+def test_what_a_collator_gives_the_model_the_reference_reads_too(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path
+) -> None:
+    collator = Spreading(tokenizer)
+    with pytest.raises(ValueError, match=r"gives the model position_ids, and the reference does not see it: put it"):
+        build(collator=collator)
+    stored = Spreading(tokenizer, ref_store=store)
+    with pytest.raises(ValueError, match="gives the model position_ids, and a store holds log-probs of token ids"):
+        build(collator=stored, loss=SelectivePreferenceLoss())
+    collator.told = True
+    same = SelectivePreferenceLoss("dpo", ref_model=model_of(policy_folder))
+    trainer = build(collator=collator, loss=same, max_steps=1)
+    trainer.train()
+    assert logged(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference read the same
+    assert logged(trainer)[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_two_processes(
     policy_folder: Path, reference_folder: Path, pairs_file: Path, build: Run, tmp_path: Path

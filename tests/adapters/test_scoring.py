@@ -136,7 +136,7 @@ def test_values_are_those_of_the_models_own_logits(
     dense = copy.deepcopy(teacher).double().eval()
     for row, values in zip(rows_of_pairs(pairs), store.values_of(rows_of_pairs(pairs)), strict=True):
         with torch.no_grad():
-            logits = dense._dense_forward(input_ids=torch.from_numpy(row.ids).long()[None]).logits[0]
+            logits = dense(input_ids=torch.from_numpy(row.ids).long()[None]).logits[0]
         expected = [logits[t - 1].log_softmax(-1)[row.ids[t]].item() for t in range(1, len(row.ids)) if row.mask[t]]
         assert values.tolist() == pytest.approx(expected, abs=1e-5)
 

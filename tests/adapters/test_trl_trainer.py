@@ -25,6 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selective_pref import NonFiniteError, dpo_loss, select, selective_dpo_loss, simpo_loss
 from selective_pref_adapters.batch import responses
@@ -68,6 +69,7 @@ def options(folder: Path, **changed: Any) -> dict[str, Any]:
 def make(tmp_path: Path, policy_folder: Path, reference_folder: Path) -> Make:
     """A trainer on the shared tiny models; what `given` names goes to the trainer, all else to the configuration."""
     given = {"model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "objective", "compute_metrics"}
+    given |= {"data_collator"}
 
     def build(**changed: Any) -> SelectiveDPOTrainer:
         mine = {name: changed.pop(name) for name in given & changed.keys()}
@@ -529,6 +531,54 @@ def test_bf16_autocast_reports_in_float32(make: Make) -> None:
     exact = steps_of(trained(make()))
     assert logged[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.05)
     assert logged[-1]["loss"] != exact[-1]["loss"]
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_trains_the_same_and_generates_as_before(make: Make, policy_folder: Path) -> None:
+    rows = Dataset.from_list(ROWS[:8])  # one batch, and so one shape
+    options = {"train_dataset": rows, "eval_dataset": rows, "max_steps": 2}
+    plain = trained(make(**options))
+    torch._dynamo.reset()
+    compiled = trained(make(**options, torch_compile=True, torch_compile_backend="eager"))
+    for one, two in zip(steps_of(plain), steps_of(compiled), strict=True):
+        for metric in ("loss", "grad_norm", "rewards/margins", "entropy"):
+            assert two[metric] == pytest.approx(one[metric], rel=1e-4, abs=1e-5), metric
+    assert compiled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
+    torch._dynamo.reset()
+    model, fresh = compiled.model.eval(), load(policy_folder).eval()
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.tensor([[0, 0, 6, 7], [0, 8, 9, 5]])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for given in ({"attention_mask": (ids != 0).long()}, {}):
+        assert torch.equal(model.generate(ids, **given, **options), fresh.generate(ids, **given, **options))
+
+
+def test_what_a_collator_gives_the_model_is_read(make: Make, tmp_path: Path, policy_folder: Path) -> None:
+    """As by the stock trainer; a store cannot hold it, and says so."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+
+    def collate(examples: list[Any]) -> dict[str, torch.Tensor]:
+        batch = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(examples)
+        return {**batch, "position_ids": 3 * torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
+
+    losses = []
+    for collator in (collate, None):
+        shared = {"data_collator": collator, "train_dataset": Dataset.from_list(ROWS[:8])}
+        stock = DPOTrainer(
+            model=load(policy_folder),
+            args=DPOConfig(**options(tmp_path, max_steps=2, beta=0.5)),
+            processing_class=tokenizer,
+            **shared,
+        )
+        ours = make(ref_model=None, max_steps=2, beta=0.5, selection_ratio=1.0, **shared)
+        losses.append([steps_of(trained(trainer))[-1]["loss"] for trainer in (stock, ours)])
+    for stock_loss, loss in losses:
+        assert loss == pytest.approx(stock_loss, rel=1e-4)
+    assert losses[0][0] != pytest.approx(losses[1][0], rel=1e-2)
+    with pytest.raises(ValueError, match="the collator also gives the model position_ids, and a store holds"):
+        make(precompute_ref_log_probs=True, reference_store=str(tmp_path / "store"), data_collator=collate)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

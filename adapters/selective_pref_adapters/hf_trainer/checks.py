@@ -14,6 +14,7 @@ from transformers import Trainer
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
 from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
+from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs
 from selective_pref_adapters.models import check_token_ids, context_length
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference
@@ -120,6 +121,20 @@ def check_rows(name: str, dataset: Any, collator: PreferenceCollator, model: Any
     check_token_ids(highest, models, where=f"{name} holds ")
     for store in collator.stores.values():
         store.check(pairs)
+    check_inputs(collator, [dataset[0]], model, references)
+
+
+def check_inputs(collator: PreferenceCollator, rows: Sequence[Any], model: Any, references: Sequence[Any]) -> None:
+    """Raises ValueError where a subclass's batch holds inputs that the policy would read and its reference not."""
+    batch = collator(rows)
+    if collator.stores:
+        check_stored_inputs(model, batch)
+    lacking = [name for name in further_inputs(model, batch) if name not in batch["labels"]]
+    if references and lacking:
+        raise ValueError(
+            f"the collator gives the model {', '.join(lacking)}, and the reference does not see it: put it into "
+            "batch['labels'], too, from where the reference is asked"
+        )
 
 
 def datasets_of(trainer: Trainer) -> list[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from trl import DPOTrainer
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.batch import REF_LOGPS, Batch, from_bits, to_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_logps_and_statistics
+from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
 from selective_pref_adapters.models import is_sharded, same_weights
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
@@ -165,7 +166,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # the logits that `compute_metrics` asks for were never made
-            return out.loss, model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            return out.loss, model(**inputs_of(model, inputs))
 
     @property
     def objective(self) -> Objective:
@@ -212,7 +213,9 @@ class SelectiveDPOTrainer(DPOTrainer):
         """TRL's hook for one float a sequence. Here every token's log-prob is in the store afterwards, or it raises."""
         if not self._stores:
             return dataset
-        pairs = pairs_of(dataset, getattr(self.data_collator, "collator", self.data_collator), name)
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        pairs = pairs_of(dataset, collator, name)
+        check_stored_inputs(self.model, collator([dataset[0]]))
         if self._fills:
             with self._reference() if self._scorer is None else nullcontext(self._scorer) as reference:
                 self._fill(reference, pairs, batch_size)
