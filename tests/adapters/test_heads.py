@@ -174,19 +174,26 @@ def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_frozen_model_s_bits_depend_on_the_row_alone(batch: dict[str, torch.Tensor], fused: bool) -> None:
-    model = make("qwen3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_model_gives_the_bits_of_a_policy_with_its_weights(
+    batch: dict[str, torch.Tensor], fused: bool, dtype: torch.dtype
+) -> None:
+    """The same call with the same shapes, so a policy that starts at its reference has scores of exactly 0."""
+    policy, reference = make("qwen3").to(dtype).train(), make("qwen3").to(dtype)
     if fused:
-        install_fused_head(model)
-    whole = frozen_per_token_logps(model, batch)
-    with torch.no_grad():
-        torch.testing.assert_close(whole, model_per_token_logps(model, batch))
-    assert not whole.requires_grad
+        install_fused_head(policy)
+        install_fused_head(reference)
+    frozen = frozen_per_token_logps(reference, batch)
+    assert torch.equal(frozen, model_per_token_logps(policy, batch))
+    assert not frozen.requires_grad
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
     for row in range(4):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         padded = {name: torch.nn.functional.pad(tensor, (5, 3)) for name, tensor in alone.items()}
-        assert torch.equal(frozen_per_token_logps(model, alone), whole[row : row + 1])
-        assert torch.equal(frozen_per_token_logps(model, padded)[:, 5:-3], whole[row : row + 1])
+        near = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(frozen_per_token_logps(reference, alone), frozen[row : row + 1], **near)
+        torch.testing.assert_close(frozen_per_token_logps(reference, padded)[:, 5:-3], frozen[row : row + 1], **near)
+    model = reference
     empty = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
     assert torch.equal(frozen_per_token_logps(model, empty), torch.zeros(4, 11))
 

