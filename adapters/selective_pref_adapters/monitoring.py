@@ -120,5 +120,44 @@ def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
     return found + (["below_half"] if max(accuracies) < 0.5 else [])
 
 
+def verdict(lines: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """What the log of a run says of it: whether the full margin and accuracy rose or fell, and what looks wrong.
+
+    The full-sequence numbers decide, since the selected ones are biased by the selection. They are those of the
+    evaluations, or of the training lines of a run without two evaluations.
+
+    Args:
+        lines: of the log, oldest first: metric → value, with `eval_` in front at evaluations; None where a value was
+            not finite.
+
+    Returns:
+        Sentences, the first about what moved; none where the log holds no two values to compare.
+    """
+    series = {prefix: _margins_and_accuracies(lines, prefix) for prefix in ("eval_", "")}
+    prefix = "eval_" if len(series["eval_"]) > 1 else ""
+    if len(series[prefix]) < 2:
+        return []
+    (first_margin, first_accuracy), (last_margin, last_accuracy) = series[prefix][0], series[prefix][-1]
+    sentences = [
+        f"The full margin ({prefix}rewards/margins) {_moved(first_margin, last_margin)}, the full accuracy "
+        f"({prefix}rewards/accuracies) {_moved(first_accuracy, last_accuracy)}."
+    ]
+    signs = {kind: name for name, patience in (("", 10), ("eval_", 3)) for kind in wrong_signs(series[name], patience)}
+    if last_margin < first_margin and last_accuracy < first_accuracy:
+        signs.setdefault("falling", prefix)
+    return sentences + [f"Warning: {SIGNS[kind].format(prefix=name)}." for kind, name in signs.items()]
+
+
+def _margins_and_accuracies(lines: Sequence[Mapping[str, float | None]], prefix: str) -> list[list[float]]:
+    found = [[line.get(f"{prefix}rewards/{name}") for name in ("margins", "accuracies")] for line in lines]
+    return [[margin, accuracy] for margin, accuracy in found if margin is not None and accuracy is not None]
+
+
+def _moved(first: float, last: float) -> str:
+    if first == last:
+        return f"stayed at {last:.4g}"
+    return f"{'rose' if last > first else 'fell'} from {first:.4g} to {last:.4g}"
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
