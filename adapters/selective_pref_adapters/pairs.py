@@ -92,8 +92,8 @@ class TokenizationReport:
             )
         if self.unteachable:
             counts.append(
-                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides. "
-                "selective-pref train leaves them out, so it counts fewer pairs; TRL trains on them, and needs them here"
+                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: TRL trains "
+                f"on them, selective-pref train on the other {self.kept - self.unteachable} alone"
             )
         return counts
 
