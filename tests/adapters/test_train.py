@@ -386,12 +386,18 @@ def test_values_that_json_cannot_express_are_null(configure: Configure, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("swapped", "said", "unsaid"),
-    [(False, "rose from", "Warning:"), (True, "fell from", "rose from")],
+    ("swapped", "said", "unsaid", "rate"),
+    [(False, "rose from", "Warning:", 1e-3), (True, "fell from", "rose from", 2e-2)],
     ids=["a run that goes well", "held-out pairs that are swapped"],
 )
 def test_the_end_says_which_way_the_run_went(
-    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str], swapped: bool, said: str, unsaid: str
+    configure: Configure,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    swapped: bool,
+    said: str,
+    unsaid: str,
+    rate: float,
 ) -> None:
     """The selected margin is below 0 in both, so it cannot be what tells them apart."""
     texts = [{"chosen": "w20 w21", "rejected": "w22 w23"}, {"chosen": "w22 w23", "rejected": "w20 w21"}]
@@ -399,7 +405,7 @@ def test_the_end_says_which_way_the_run_went(
     held_out = [{"prompt": f"{a} {b} ", **texts[swapped]} for a in WORDS[:6] for b in WORDS[10:12]]
     files = {"pairs": rows, "eval_pairs": held_out}
     paths = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", some)) for name, some in files.items()}
-    result = train(configure(**paths, epochs=4, learning_rate=5e-3))
+    result = train(configure(**paths, max_steps=4, learning_rate=rate))
     assert result.summary["after"]["eval_selection/rewards/margins"] < 0
     shown = capsys.readouterr().out
     assert f"The full margin (eval_rewards/margins) {said}" in shown
@@ -676,10 +682,17 @@ def test_bf16_where_the_hardware_has_none(configure: Configure, monkeypatch: pyt
 def test_a_disk_without_room_is_found_before_the_first_step(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(".")._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"its disk has 0\.00 GB free; the model takes"):
-        train(configure())
+    """The model; and as many checkpoints as are there at one time, with the two moments of AdamW."""
+    weights = (Path(configure().model) / "model.safetensors").stat().st_size
+    for free, options, message in (
+        (1000, {}, r"its disk has 0\.0000 GB free; the model takes"),
+        (weights * 9, {"save_steps": 1, "max_steps": 9}, "the model and 3 checkpoints take"),
+    ):
+        usage = shutil.disk_usage(".")._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        with pytest.raises(OSError, match=message):
+            train(configure(**options))
+        monkeypatch.undo()
     assert not Path(configure().output_dir).exists()
 
 

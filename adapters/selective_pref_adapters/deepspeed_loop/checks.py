@@ -160,7 +160,5 @@ def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: Train
     needed = weights + written * checkpoint
     free = shutil.disk_usage(existing(folder)).free
     if free < needed:
-        raise OSError(
-            f"output_dir {folder}: its disk has {free / 1e9:.2f} GB free; the model and {written} checkpoints take "
-            f"{needed / 1e9:.2f} GB. Make room, or lower keep_checkpoints"
-        )
+        what = f"the model and {written} checkpoints take" if written else "the model takes"
+        raise OSError(f"output_dir {folder}: its disk has {free / 1e9:.4f} GB free; {what} {needed / 1e9:.4f} GB")

@@ -247,6 +247,6 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             save_file(weights, output_dir / "rescued.safetensors", metadata={"format": "pt"})
-            failure = ValueError(f"{error}. Its weights are in rescued.safetensors there")
+            failure = ValueError(f"{' '.join(str(error).split())} Its weights are in rescued.safetensors there")
     if anywhere(failure is not None, engine.device):
         raise OSError(f"the trained model could not be written to {output_dir}: {failure or 'see the first process'}")
