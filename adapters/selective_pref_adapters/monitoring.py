@@ -1,7 +1,8 @@
-"""What a run says of itself, over all its processes: metrics, broken numbers, a reference that teaches nothing.
+"""The metrics of a run over all its processes, numbers that are not finite, and the signs of a run that goes wrong.
 
-In: diagnostics and losses of one process's batches. Out: means over all processes, one decision on all of them, errors
-that name rows. Without an initialised process group there is one process, and nothing is sent.
+In: diagnostics and losses of one process's batches. Out: means over all processes, decisions that are the same on all
+of them, errors that name rows, warnings. Without an initialised process group there is one process, and nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def finite_everywhere(losses: Tensor) -> bool:
 
 
 def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
-    """Whether `flag` is set on any process; every process must ask, and gets the same answer.
+    """Whether `flag` is set on any process; every process must call it, and gets the same answer.
 
     Args:
         flag: of this process.
@@ -86,7 +87,7 @@ def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
 
 
 def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()) -> NonFiniteError:
-    """The error that says what is broken: in this process's batch if it is there, else that another's is.
+    """The error that names what is not finite in this process's batch, or says that it is in another process's batch.
 
     Args:
         out: the losses of this process's batch.

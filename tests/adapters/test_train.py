@@ -21,6 +21,7 @@ from ranks import step_engine_of_the_loop, stop_at
 from selective_pref import NonFiniteError
 from selective_pref_adapters import references
 from selective_pref_adapters.deepspeed_loop import loop, train
+from selective_pref_adapters.deepspeed_loop.checks import check_policy
 from selective_pref_adapters.deepspeed_loop.engine import start_processes
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog
 from selective_pref_adapters.deepspeed_loop.sampling import make_order, number_of_steps, pairs_per_step, share_of
@@ -377,6 +378,15 @@ def test_a_number_that_is_not_finite_in_an_evaluation(configure: Configure, tmp_
     assert result.summary["before"]["eval_loss"] == whole.summary["before"]["eval_loss"]
 
 
+def test_the_model_is_saved_before_an_evaluation_that_ends_the_run(configure: Configure) -> None:
+    """One step this large makes every log-prob NaN; the training of a longer run would be lost with the model."""
+    config = configure(max_steps=1, learning_rate=1e18, lr_schedule="constant")
+    with pytest.raises(NonFiniteError, match="evaluation after step 1: "):
+        train(config)
+    assert (Path(config.output_dir) / "model.safetensors").exists()
+    assert not (Path(config.output_dir) / "summary.json").exists()
+
+
 def test_values_that_json_cannot_express_are_null(configure: Configure, tmp_path: Path) -> None:
     start_processes(configure())
     with RunLog(tmp_path / "log", configure(), {}, None, writes=True) as log:
@@ -449,6 +459,13 @@ def test_a_generation_configuration_that_cannot_be_saved(configure: Configure, t
     with pytest.raises(ValueError, match="num_return_sequences"):
         train(config)
     assert not Path(config.output_dir).exists()
+
+
+def test_a_policy_of_which_nothing_learns_is_refused(policy_folder: Path) -> None:
+    """Quantised weights, say, take no gradient."""
+    policy = load_model(str(policy_folder), dtype="float32").requires_grad_(False)
+    with pytest.raises(ValueError, match="the policy has no trainable parameter"):
+        check_policy(policy, AutoTokenizer.from_pretrained(policy_folder))
 
 
 def test_weights_are_kept_where_the_model_is_refused_at_the_end(

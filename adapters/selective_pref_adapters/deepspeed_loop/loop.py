@@ -88,7 +88,7 @@ from selective_pref_adapters.references import Reference, RunningReference, Stor
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every step of a run uses: the policy in its engine, whom to ask for reference log-probs, the loss."""
+    """What every step of a run uses: the policy in its engine, the references, the loss, how far the run has come."""
 
     config: TrainConfig
     engine: Any
@@ -118,7 +118,7 @@ def train(config: TrainConfig) -> TrainResult:
     rank, world_size = start_processes(config)
     checkpoint = checkpoint_to_resume(config, output_dir)
     console = Console(stderr=True, quiet=rank > 0)
-    disable_progress_bar()  # of loading and saving; ours are those of tokenising and training
+    disable_progress_bar()  # of transformers, at loading and saving
     set_seed(config.seed)
 
     tokenizer = load_tokenizer(config.model)
@@ -130,10 +130,11 @@ def train(config: TrainConfig) -> TrainResult:
     sources = {"reference": anchor, "scoring reference": scorer}
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
+    notes = check_policy(policy, tokenizer)
     max_length = usable_length(config.max_length, models)
-    train_pairs, eval_pairs, notes = load_pairs(config, tokenizer, max_length, progress=rank == 0)
+    train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
-    notes += check_policy(policy, tokenizer)
+    notes += about_pairs
     if config.objective == "selective_dpo" and config.selection_ratio < 1:
         notes += [SELF_REFERENCE] if is_initial_policy(scorer or anchor, policy) else []
     per_step = pairs_per_step(config, world_size)
@@ -182,13 +183,15 @@ def train(config: TrainConfig) -> TrainResult:
             epoch = step * per_step / len(train_pairs)
             if step % config.logging_steps == 0 or step == steps:
                 log.write(step, epoch, {**close_window(progress), **metrics_of_step(engine, scheduler, progress, norm)})
+            if step == steps:  # before the last evaluation, which may end the run at a number that is not finite
+                save_model(engine, tokenizer, output_dir)
             if step == steps or (config.eval_steps and step % config.eval_steps == 0):
                 progress.last_evaluation = evaluate(run, eval_pairs)
                 log.write(step, epoch, progress.last_evaluation)
             if config.save_steps and step % config.save_steps == 0:
                 save()
-
-        save_model(engine, tokenizer, output_dir)
+        if resumed_at == steps:  # that run ended between its last checkpoint and its summary
+            save_model(engine, tokenizer, output_dir)
     summary = {
         "steps": steps,
         "train_pairs": len(train_pairs),
@@ -208,8 +211,8 @@ def train(config: TrainConfig) -> TrainResult:
 def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]], stop: StopRequest) -> float | None:
     """One optimiser step: a forward and a backward pass of each batch, then the optimiser.
 
-    A batch whose loss is not finite on some process ends the run, or is left out on all processes: they go through the
-    same passes with a gradient of zero, since sharded weights and gradients are exchanged by all of them together.
+    A batch whose loss is not finite on some process ends the run, or is left out on all processes. They then go through
+    the same passes with a gradient of zero, since they exchange sharded weights and gradients in every pass.
 
     Returns:
         The gradient's norm before clipping; None where SIGTERM asks the run to stop: the step is then not counted, and
