@@ -147,6 +147,13 @@ def check_policy(policy: torch.nn.Module, tokenizer: Any) -> list[str]:
     return check_savable(policy, tokenizer)
 
 
+def warm_up_note(config: TrainConfig, steps: int) -> list[str]:
+    """A sentence where the run ends before the learning rate has reached its peak."""
+    if config.warmup_steps < steps:
+        return []
+    return [f"warmup_steps {config.warmup_steps} of {steps} steps: the learning rate reaches its peak at no step"]
+
+
 def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:
     """Raises OSError where the disk has no room for what the run is going to write at least.
 

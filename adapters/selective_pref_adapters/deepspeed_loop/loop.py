@@ -30,6 +30,7 @@ from selective_pref_adapters.deepspeed_loop.checks import (
     check_space,
     configured_objective,
     usable_folder,
+    warm_up_note,
 )
 from selective_pref_adapters.deepspeed_loop.data import check_pairs, load_pairs
 from selective_pref_adapters.deepspeed_loop.engine import (
@@ -141,7 +142,7 @@ def train(config: TrainConfig) -> TrainResult:
     steps = number_of_steps(config, len(train_pairs), per_step)
     check_space(output_dir, policy, steps, config)
     identity = identity_of(config, world_size, train_pairs, eval_pairs, sources)
-    notes += check_same_run(checkpoint, output_dir, identity, config)
+    notes += warm_up_note(config, steps) + check_same_run(checkpoint, output_dir, identity, config)
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True, highlight=False)
     if config.resume and (finished := finished_run(output_dir, steps, checkpoint)):
@@ -243,13 +244,7 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
 
 
 def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None) -> PreferenceLoss:
-    """Token ids → losses: the policy's log-probs and the references', and what the objective says of them.
-
-    Args:
-        run: with policy, references and objective.
-        pairs: one batch.
-        count: how many of the pairs count, the first ones; None for all.
-    """
+    """Token ids of a batch → log-probs of policy and references → losses of its first `count` pairs (None: of all)."""
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.anchor, run.scorer)]

@@ -67,7 +67,11 @@ FIXED = ("dtype", "zero_stage", "offload_optimizer", "offload_parameters", "proc
 
 
 def check_same_run(checkpoint: Path | None, folder: Path, identity: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Raises ValueError where the run to be resumed differs from this one; the differences, where they are forced."""
+    """The differences between this run and the one to be resumed, one sentence each; none where nothing is resumed.
+
+    Raises:
+        ValueError: there are differences without `force_resume`, or one that the checkpoint's files do not allow.
+    """
     recorded = (checkpoint or folder) / "run.json"
     if config.resume is None or not recorded.exists():
         return []
