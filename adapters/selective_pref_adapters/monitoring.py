@@ -1,12 +1,14 @@
-"""What a run says of itself, over all its processes: metrics, broken numbers, a reference that teaches nothing.
+"""The metrics of a run over all its processes, numbers that are not finite, and the signs of a run that goes wrong.
 
-In: diagnostics and losses of one process's batches. Out: means over all processes, one decision on all of them, errors
-that name rows. Without an initialised process group there is one process, and nothing is sent.
+In: diagnostics and losses of one process's batches. Out: means over all processes, decisions that are the same on all
+of them, errors that name rows, warnings. Without an initialised process group there is one process, and nothing is
+sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean, variance
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,29 @@ SELF_REFERENCE = (
     "the selection, and Selective-DPO hardly learns. Give a stronger ref_model of the same tokenizer, or set "
     "selection_ratio to 1 (plain DPO)"
 )
+
+
+SIGNS = {
+    "self_reference": SELF_REFERENCE,
+    "falling": (
+        "the full-sequence margin ({prefix}rewards/margins) is falling: the policy moves towards the rejected "
+        "responses. Look at the learning rate, at swapped pairs, and at whether the reference prefers the chosen side"
+    ),
+    "below_half": (
+        "the full-sequence accuracy ({prefix}rewards/accuracies) has been below one half for long. Beside a reference "
+        "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
+    ),
+    "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
+    "find them and score them again",
+    "ties": (
+        "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
+        "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
+        "to 1"
+    ),
+}
+"""What a run that looks wrong is told, by kind."""
+MOSTLY_TIED = 0.5
+"""A larger share of tokens on the threshold is the sign "ties"."""
 
 
 def mean_over_pairs(batches: Sequence[Mapping[str, Tensor]], pairs: Sequence[int]) -> dict[str, float]:
@@ -49,7 +74,7 @@ def finite_everywhere(losses: Tensor) -> bool:
 
 
 def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
-    """Whether `flag` is set on any process; every process must ask, and gets the same answer.
+    """Whether `flag` is set on any process; every process must call it, and gets the same answer.
 
     Args:
         flag: of this process.
@@ -62,7 +87,7 @@ def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
 
 
 def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()) -> NonFiniteError:
-    """The error that says what is broken: in this process's batch if it is there, else that another's is.
+    """The error that names what is not finite in this process's batch, or says that it is in another process's batch.
 
     Args:
         out: the losses of this process's batch.
@@ -79,6 +104,60 @@ def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()
     except NonFiniteError as error:
         return NonFiniteError(f"{where}: {error}{rows}")
     return NonFiniteError(f"{where}: the loss is not finite although every log-prob is{rows}")
+
+
+def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
+    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
+
+    "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
+    errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.
+    """
+    if len(seen) < 2 * patience:
+        return []
+    margins, accuracies = zip(*seen[-2 * patience :], strict=True)
+    earlier, later = margins[:patience], margins[patience:]
+    error = ((variance(earlier) + variance(later)) / patience) ** 0.5
+    found = ["falling"] if mean(later) < mean(earlier) - 3 * error else []
+    return found + (["below_half"] if max(accuracies) < 0.5 else [])
+
+
+def verdict(lines: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """What the log of a run says of it: whether the full margin and accuracy rose or fell, and what looks wrong.
+
+    The full-sequence numbers decide, since the selected ones are biased by the selection. They are those of the
+    evaluations, or of the training lines of a run without two evaluations.
+
+    Args:
+        lines: of the log, oldest first: metric → value, with `eval_` in front at evaluations; None where a value was
+            not finite.
+
+    Returns:
+        Sentences, the first about what moved; none where the log holds no two values to compare.
+    """
+    series = {prefix: _margins_and_accuracies(lines, prefix) for prefix in ("eval_", "")}
+    prefix = "eval_" if len(series["eval_"]) > 1 else ""
+    if len(series[prefix]) < 2:
+        return []
+    (first_margin, first_accuracy), (last_margin, last_accuracy) = series[prefix][0], series[prefix][-1]
+    sentences = [
+        f"The full margin ({prefix}rewards/margins) {_moved(first_margin, last_margin)}, the full accuracy "
+        f"({prefix}rewards/accuracies) {_moved(first_accuracy, last_accuracy)}."
+    ]
+    signs = {kind: name for name, patience in (("", 10), ("eval_", 3)) for kind in wrong_signs(series[name], patience)}
+    if last_margin < first_margin and last_accuracy < first_accuracy:
+        signs.setdefault("falling", prefix)
+    return sentences + [f"Warning: {SIGNS[kind].format(prefix=name)}." for kind, name in signs.items()]
+
+
+def _margins_and_accuracies(lines: Sequence[Mapping[str, float | None]], prefix: str) -> list[list[float]]:
+    found = [[line.get(f"{prefix}rewards/{name}") for name in ("margins", "accuracies")] for line in lines]
+    return [[margin, accuracy] for margin, accuracy in found if margin is not None and accuracy is not None]
+
+
+def _moved(first: float, last: float) -> str:
+    if first == last:
+        return f"stayed at {last:.4g}"
+    return f"{'rose' if last > first else 'fell'} from {first:.4g} to {last:.4g}"
 
 
 def _distributed() -> bool:

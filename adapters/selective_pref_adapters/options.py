@@ -128,7 +128,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "simpo": _SELECTION,
     "sft": ("beta", "gamma", "label_smoothing", *_SELECTION),
 }
-"""Options of the loss that an objective has no use for: setting one is an error, not a shrug."""
+"""Options of the loss that an objective does not read: setting one is an error."""
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {

@@ -38,7 +38,7 @@ from selective_pref_adapters.hf_trainer import (
     SelectivePreferenceMixin,
     SelectivePreferenceTrainer,
 )
-from selective_pref_adapters.hf_trainer.callback import wrong_signs
+from selective_pref_adapters.monitoring import wrong_signs
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.references import AdapterOffReference

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from selective_pref import Response, dpo_loss
 from selective_pref_adapters.models import same_weights
-from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error
+from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error, verdict
 
 
 def one_pair(logp: float, ref: float = -1.0) -> tuple[Response, Response]:
@@ -38,6 +38,38 @@ def test_the_error_names_what_is_broken() -> None:
     assert "another process" in str(non_finite_error(dpo_loss(*one_pair(-1.0), beta=0.1), "step 3"))
     huge = dpo_loss(*one_pair(3e38), beta=1e30)
     assert "although every log-prob is" in str(non_finite_error(huge, "step 3"))
+
+
+def evaluations(*numbers: tuple[float, float]) -> list[dict[str, float | None]]:
+    return [{"eval_rewards/margins": margin, "eval_rewards/accuracies": accuracy} for margin, accuracy in numbers]
+
+
+def test_the_end_of_a_run_says_whether_full_margin_and_accuracy_rose_or_fell() -> None:
+    rose = verdict([{"loss": 1.0}, *evaluations((-0.1, 0.25), (0.5, 0.75))])
+    assert rose == [
+        "The full margin (eval_rewards/margins) rose from -0.1 to 0.5, the full accuracy (eval_rewards/accuracies) "
+        "rose from 0.25 to 0.75."
+    ]
+    fell = verdict(evaluations((0.5, 0.75), (-0.1, 0.25)))
+    assert "fell from 0.5 to -0.1" in fell[0]
+    assert fell[1].startswith("Warning: the full-sequence margin (eval_rewards/margins) is falling")
+    mixed = verdict(evaluations((0.5, 0.5), (0.25, 0.5)))  # a little lower at one of two evaluations may be noise
+    assert len(mixed) == 1
+    assert "accuracy (eval_rewards/accuracies) stayed at 0.5" in mixed[0]
+
+
+def test_the_end_of_a_run_knows_the_signs_of_the_callback() -> None:
+    low = verdict(evaluations(*[(step / 10, 0.4) for step in range(6)]))
+    assert "rose from 0 to 0.5" in low[0]
+    assert "has been below one half for long" in low[1]
+    training: list[dict[str, float | None]] = [
+        {"rewards/margins": -step / 10, "rewards/accuracies": 0.6} for step in range(20)
+    ]
+    falling = verdict(training)
+    assert "(rewards/margins) fell from 0 to -1.9" in falling[0]
+    assert "(rewards/margins) is falling" in falling[1]
+    assert verdict([]) == verdict(evaluations((0.5, 0.75))) == []
+    assert verdict([{"eval_rewards/margins": None, "eval_rewards/accuracies": None}] * 2) == []
 
 
 def test_same_weights() -> None:

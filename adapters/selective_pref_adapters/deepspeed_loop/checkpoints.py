@@ -1,12 +1,13 @@
-"""Checkpoint folders that are there whole or not at all.
+"""Checkpoint folders: complete under their name, or not under that name at all.
 
-In: a folder of checkpoints and a step number. Out: `step-00000012/`, which got its marker and its name last.
+In: a folder of checkpoints and a step number. Out: `step-00000012/`, which gets its marker and its name last.
 
     begin → (anyone writes into the folder) → publish → newest_complete
 
-What is written goes into a folder with a leading dot. `publish` makes it durable, adds a marker that lists every file
-with its size, renames it, and only then removes older ones. A kill at any moment leaves either the checkpoint or a
-folder that nobody takes for one. Meant for one writer: under several processes, the first.
+Files are written into a folder whose name starts with a dot. `publish` waits until they are on the disk, adds a marker
+that lists every file with its size, renames the folder, and only then removes older checkpoints. A kill at any moment
+leaves either a complete checkpoint or a folder that is not read as one. Of several processes only the first calls
+these functions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _NAME = "step-{:08d}"
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what an earlier attempt left there is removed."""
+    """An empty folder to write the checkpoint of `step` into; files of an attempt that failed are removed from it."""
     aside = _aside(folder, step)
     if aside.exists():
         shutil.rmtree(aside)
@@ -31,12 +32,12 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def abandon(folder: Path, step: int) -> None:
-    """Removes what was begun, whatever of it is there."""
+    """Removes the unfinished checkpoint of `step`, if there is one."""
     shutil.rmtree(_aside(folder, step), ignore_errors=True)
 
 
 def publish(folder: Path, step: int, keep: int) -> Path:
-    """Turns what was begun into the checkpoint of `step`, then removes all but the newest `keep` complete ones.
+    """Turns the folder of `begin` into the checkpoint of `step`, then removes all but the newest `keep` complete ones.
 
     Returns:
         The folder of the checkpoint.
@@ -52,7 +53,7 @@ def publish(folder: Path, step: int, keep: int) -> Path:
     (aside / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     sync(aside / MARKER)
     sync(aside)
-    if final.exists():  # damaged, or newest_complete would have led past it
+    if final.exists():  # damaged, or the run was resumed from an older one and has come to this step again
         _remove(final)
     aside.rename(final)
     sync(folder)
@@ -81,12 +82,12 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def incomplete(folder: Path) -> list[Path]:
-    """What stands in a folder of checkpoints and is no complete one: half written, half removed, or damaged."""
+    """The folders of checkpoints that are not complete: half written, half removed, or damaged."""
     return [path for path in sorted(folder.glob("*step-*")) if not is_complete(path) or path.name.startswith(".")]
 
 
 def sweep(folder: Path) -> None:
-    """Removes what kills left behind: folders that were begun, and folders whose marker is already gone."""
+    """Removes what killed runs left: folders that were not published, and folders whose marker is already removed."""
     for path in incomplete(folder):
         if path.name.startswith(".") or not (path / MARKER).exists():
             shutil.rmtree(path)
@@ -102,5 +103,5 @@ def _aside(folder: Path, step: int) -> Path:
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first, so that a kill between the two leaves no marker
     shutil.rmtree(checkpoint)

@@ -1,6 +1,7 @@
 """What can be known before the first step, and is checked before it: options, hardware, folders, disk.
 
-In: a `TrainConfig`. Out: nothing, or an error that says what to change; nothing has been loaded or written by then.
+In: a `TrainConfig`, then the policy. Out: notes for the reader, or an error that says what to change; nothing has been
+written by then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
+from selective_pref_adapters.models import check_no_auxiliary_loss, check_savable, check_trainable
 from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective
 from selective_pref_adapters.options import UNREAD, TrainConfig
 
@@ -133,13 +136,36 @@ def usable_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def check_space(folder: Path, policy: torch.nn.Module, steps: int, save_steps: int | None) -> None:
-    """Raises OSError where the disk has no room for what the run is going to write at least."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+def check_policy(policy: torch.nn.Module, tokenizer: Any) -> list[str]:
+    """What can be known of the policy before it is trained; returns what a reader should know.
+
+    Raises:
+        ValueError: nothing of it would learn, it asks for a loss that is not added here, or it could not be saved.
+    """
+    check_trainable(policy)
+    check_no_auxiliary_loss(policy)
+    return check_savable(policy, tokenizer)
+
+
+def warm_up_note(config: TrainConfig, steps: int) -> list[str]:
+    """A sentence where the run ends before the learning rate has reached its peak."""
+    if config.warmup_steps < steps:
+        return []
+    return [f"warmup_steps {config.warmup_steps} of {steps} steps: the learning rate reaches its peak at no step"]
+
+
+def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:
+    """Raises OSError where the disk has no room for what the run is going to write at least.
+
+    That is the model, and as many checkpoints as are there at one time: those that are kept, and the next one while it
+    is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16 the float32 weights.
+    """
     numbers = sum(parameter.numel() for parameter in policy.parameters())
-    needed = weights + (2 * 4 * numbers + weights if save_steps is not None and save_steps <= steps else 0)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+    checkpoint = weights + 4 * numbers * (2 if config.dtype == "float32" else 3)
+    written = 0 if config.save_steps is None else min(steps // config.save_steps, config.keep_checkpoints + 1)
+    needed = weights + written * checkpoint
     free = shutil.disk_usage(existing(folder)).free
     if free < needed:
-        raise OSError(
-            f"output_dir {folder}: its disk has {free / 1e9:.2f} GB free; the model takes {needed / 1e9:.2f} GB"
-        )
+        what = f"the model and {written} checkpoints take" if written else "the model takes"
+        raise OSError(f"output_dir {folder}: its disk has {free / 1e9:.4f} GB free; {what} {needed / 1e9:.4f} GB")

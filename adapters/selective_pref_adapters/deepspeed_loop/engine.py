@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import get_scheduler
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a line on stdout when it has to guess
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from selective_pref_adapters.heads import install_fused_head
 from selective_pref_adapters.monitoring import anywhere
@@ -46,7 +51,7 @@ def start_processes(config: TrainConfig) -> tuple[int, int]:
 
 
 def leave_processes() -> None:
-    """Says good-bye to the other processes; for the end of a program, after which no other run can follow."""
+    """Leaves the process group; for the end of a program, since no other run can follow in it."""
     if dist.get_world_size() > 1:
         dist.destroy_process_group()
 
@@ -184,6 +189,28 @@ def step_engine(engine: Any) -> float:
     return 0.0 if norm is None else float(norm)
 
 
+def load_engine(engine: Any, folder: Path, tag: str) -> bool:
+    """Puts model, optimiser and scheduler where DeepSpeed saved them; returns whether it found them.
+
+    DeepSpeed unpickles its files, and a pickle can run any code when it is read. Here only tensors, plain values and
+    the three classes below, which DeepSpeed writes, are accepted.
+
+    Raises:
+        ValueError: a file holds anything else.
+    """
+
+    def load(path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load
+    try:
+        found, _ = engine.load_checkpoint(str(folder), tag=tag)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{folder} holds more than tensors and plain values, and is not loaded: {error}") from error
+    return found is not None
+
+
 def gathered_weights(engine: Any) -> dict[str, torch.Tensor]:
     """The whole weights on the first process, in the host's memory; sharded ones are gathered one after another."""
     first = dist.get_rank() == 0
@@ -192,7 +219,7 @@ def gathered_weights(engine: Any) -> dict[str, torch.Tensor]:
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
             if first:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
     return weights
 
 
@@ -200,7 +227,8 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
     """Weights, configuration and tokenizer into `output_dir`: written aside first, so that no half is ever there.
 
     Raises:
-        OSError: on every process, where the first one could not write.
+        OSError: on every process, where the first one could not write. If transformers refused to save the model for
+            another reason than the disk, its weights are in `rescued.safetensors`, by the names of its parameters.
     """
     weights = gathered_weights(engine)
     failure: Exception | None = None
@@ -208,7 +236,7 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
         aside = output_dir / ".saving"
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
         try:
-            engine.module.save_pretrained(aside, state_dict=weights)
+            engine.module.save_pretrained(aside, state_dict=dict(weights))
             tokenizer.save_pretrained(aside)
             for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(output_dir / file.name)
@@ -216,5 +244,9 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             failure = error
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            save_file(weights, output_dir / "rescued.safetensors", metadata={"format": "pt"})
+            failure = ValueError(f"{' '.join(str(error).split())} Its weights are in rescued.safetensors there")
     if anywhere(failure is not None, engine.device):
         raise OSError(f"the trained model could not be written to {output_dir}: {failure or 'see the first process'}")

@@ -15,7 +15,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ from transformers.utils.logging import disable_progress_bar
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.deepspeed_loop.checks import (
     check_config,
+    check_policy,
     check_space,
     configured_objective,
     usable_folder,
+    warm_up_note,
 )
 from selective_pref_adapters.deepspeed_loop.data import check_pairs, load_pairs
 from selective_pref_adapters.deepspeed_loop.engine import (
@@ -48,6 +49,7 @@ from selective_pref_adapters.deepspeed_loop.resume import (
     identity_of,
     load_checkpoint,
     save_checkpoint,
+    stopped_run,
 )
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog, print_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
@@ -60,7 +62,14 @@ from selective_pref_adapters.deepspeed_loop.sampling import (
     places,
     share_of,
 )
-from selective_pref_adapters.deepspeed_loop.state import Metrics, Progress, TrainResult, close_window, metrics_of_step
+from selective_pref_adapters.deepspeed_loop.state import (
+    Metrics,
+    Progress,
+    TrainResult,
+    close_window,
+    finite_or_none,
+    metrics_of_step,
+)
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
@@ -80,7 +89,7 @@ from selective_pref_adapters.references import Reference, RunningReference, Stor
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every step of a run uses: the policy in its engine, whom to ask for reference log-probs, the loss."""
+    """What every step of a run uses: the policy in its engine, the references, the loss, how far the run has come."""
 
     config: TrainConfig
     engine: Any
@@ -110,7 +119,7 @@ def train(config: TrainConfig) -> TrainResult:
     rank, world_size = start_processes(config)
     checkpoint = checkpoint_to_resume(config, output_dir)
     console = Console(stderr=True, quiet=rank > 0)
-    disable_progress_bar()  # of loading and saving; ours are those of tokenising and training
+    disable_progress_bar()  # of transformers, at loading and saving
     set_seed(config.seed)
 
     tokenizer = load_tokenizer(config.model)
@@ -122,20 +131,22 @@ def train(config: TrainConfig) -> TrainResult:
     sources = {"reference": anchor, "scoring reference": scorer}
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
+    notes = check_policy(policy, tokenizer)
     max_length = usable_length(config.max_length, models)
-    train_pairs, eval_pairs, notes = load_pairs(config, tokenizer, max_length, progress=rank == 0)
+    train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
+    notes += about_pairs
     if config.objective == "selective_dpo" and config.selection_ratio < 1:
         notes += [SELF_REFERENCE] if is_initial_policy(scorer or anchor, policy) else []
     per_step = pairs_per_step(config, world_size)
     steps = number_of_steps(config, len(train_pairs), per_step)
-    check_space(output_dir, policy, steps, config.save_steps)
-    identity = identity_of(config, world_size, train_pairs, eval_pairs, stores)
-    notes += check_same_run(checkpoint, output_dir, identity, config)
+    check_space(output_dir, policy, steps, config)
+    identity = identity_of(config, world_size, train_pairs, eval_pairs, sources)
+    notes += warm_up_note(config, steps) + check_same_run(checkpoint, output_dir, identity, config)
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True, highlight=False)
-    if config.resume and (finished := finished_run(output_dir)):
-        console.print(f"this run is finished: {output_dir}", soft_wrap=True)
+    if config.resume and (finished := finished_run(output_dir, steps, checkpoint)):
+        console.print(f"this run is finished, so nothing was done: {output_dir}", soft_wrap=True)
         return finished
 
     engine, scheduler = start_engine(config, policy, steps, per_step)
@@ -168,18 +179,20 @@ def train(config: TrainConfig) -> TrainResult:
             norm = training_step(run, step, batches, stop)
             if norm is None:
                 save()
-                return stopped_run(console, output_dir, log, progress)
+                return stopped_run(console, output_dir, log.lines, progress)
             bar.set_postfix(progress.postfix(engine.skipped_steps))
             epoch = step * per_step / len(train_pairs)
             if step % config.logging_steps == 0 or step == steps:
                 log.write(step, epoch, {**close_window(progress), **metrics_of_step(engine, scheduler, progress, norm)})
+            if step == steps:  # before the last evaluation, which may end the run at a number that is not finite
+                save_model(engine, tokenizer, output_dir)
             if step == steps or (config.eval_steps and step % config.eval_steps == 0):
                 progress.last_evaluation = evaluate(run, eval_pairs)
                 log.write(step, epoch, progress.last_evaluation)
             if config.save_steps and step % config.save_steps == 0:
                 save()
-
-        save_model(engine, tokenizer, output_dir)
+        if resumed_at == steps:  # that run ended between its last checkpoint and its summary
+            save_model(engine, tokenizer, output_dir)
     summary = {
         "steps": steps,
         "train_pairs": len(train_pairs),
@@ -187,20 +200,20 @@ def train(config: TrainConfig) -> TrainResult:
         "skipped_batches": progress.skipped_batches,
         "skipped_steps": engine.skipped_steps,
         "notes": notes,
-        "before": progress.first_evaluation,
-        "after": progress.last_evaluation,
+        "before": finite_or_none(progress.first_evaluation),
+        "after": finite_or_none(progress.last_evaluation),
     }
     if rank == 0:
-        write_whole(output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print_summary(Console(), config, output_dir, summary)
+        write_whole(output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        print_summary(Console(), config, output_dir, summary, log.lines)
     return TrainResult(output_dir=output_dir, metrics=log.lines, summary=summary)
 
 
 def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]], stop: StopRequest) -> float | None:
     """One optimiser step: a forward and a backward pass of each batch, then the optimiser.
 
-    A batch whose loss is not finite on some process ends the run, or is left out on all processes: they go through the
-    same passes with a gradient of zero, since sharded weights and gradients are exchanged by all of them together.
+    A batch whose loss is not finite on some process ends the run, or is left out on all processes. They then go through
+    the same passes with a gradient of zero, since they exchange sharded weights and gradients in every pass.
 
     Returns:
         The gradient's norm before clipping; None where SIGTERM asks the run to stop: the step is then not counted, and
@@ -219,7 +232,8 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
             engine.backward(out.loss)
             progress.window.append(diagnostics(out))
         else:
-            leave_out(run.config, progress, run.console, non_finite_error(out, f"step {step}", places(pairs)))
+            leave_out(run.config, run.console, non_finite_error(out, f"step {step}", places(pairs)))
+            progress.skipped_batches += 1
             nothing_left = len(progress.window) == seen and engine.is_gradient_accumulation_boundary()
             engine.backward(out.loss if nothing_left else loss_without_gradient(engine, run.pad_token_id))
         norm = step_engine(engine)
@@ -230,13 +244,7 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
 
 
 def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None) -> PreferenceLoss:
-    """Token ids → losses: the policy's log-probs and the references', and what the objective says of them.
-
-    Args:
-        run: with policy, references and objective.
-        pairs: one batch.
-        count: how many of the pairs count, the first ones; None for all.
-    """
+    """Token ids of a batch → log-probs of policy and references → losses of its first `count` pairs (None: of all)."""
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.anchor, run.scorer)]
@@ -245,15 +253,28 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair]) -> Metrics:
-    """Means over the held-out pairs, names prefixed with `eval_`; empty without held-out pairs."""
+    """Means over the held-out pairs, names prefixed with `eval_`; empty without held-out pairs.
+
+    A batch whose loss is not finite on some process is treated as in training; `eval_skipped_batches` counts those
+    that were left out.
+    """
     if not eval_pairs:
         return {}
     run.engine.eval()
     batches = evaluation_batches(eval_pairs, run.config.batch_size, run.rank, run.world_size)
+    seen: list[tuple[dict[str, torch.Tensor], int]] = []
     with torch.no_grad():
-        metrics = [diagnostics(losses_of(run, pairs, max(count, 1))) for pairs, count in batches]
+        for pairs, count in batches:
+            out = losses_of(run, pairs, max(count, 1))
+            if finite_everywhere(out.losses):
+                seen.append((diagnostics(out), count))
+            else:
+                where = f"evaluation after step {run.progress.step}"
+                leave_out(run.config, run.console, non_finite_error(out, where, places(pairs)))
     run.engine.train()
-    return {f"eval_{name}": value for name, value in mean_over_pairs(metrics, [n for _, n in batches]).items()}
+    means = mean_over_pairs([metrics for metrics, _ in seen], [count for _, count in seen])
+    means |= {"skipped_batches": float(len(batches) - len(seen))} if len(seen) < len(batches) else {}
+    return {f"eval_{name}": value for name, value in means.items()}
 
 
 def open_reference(
@@ -272,13 +293,3 @@ def open_reference(
     loaded = load_model(model, dtype=config.dtype)
     check_same_tokenizer(tokenizer, load_tokenizer(model))
     return RunningReference(loaded, fused_head=config.fused_head, start=partial(start_frozen_engine, config))
-
-
-def stopped_run(console: Console, output_dir: Path, log: RunLog, progress: Progress) -> TrainResult:
-    """Says where the run can go on; the result has no evaluation of the end, as there was none."""
-    console.print(
-        f"stopped by SIGTERM after step {progress.step}; a checkpoint was saved: go on with --resume auto",
-        soft_wrap=True,
-    )
-    summary = {"before": progress.first_evaluation, "after": {}}
-    return TrainResult(output_dir=output_dir, metrics=log.lines, summary=summary, stopped_at=progress.step)

@@ -16,23 +16,23 @@ from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import collate
 
 SKIPS_IN_A_ROW = 20
-"""So many optimiser steps in a row without a finite gradient end a run that skips them."""
+"""This many optimiser steps in a row without a finite gradient end a run that otherwise skips them."""
 
 
 def loss_without_gradient(engine: Any, pad_token_id: int) -> torch.Tensor:
-    """A loss of 0 whose gradient is 0, after the passes through the model that any batch takes.
+    """A loss of 0 whose gradient is 0, computed by the same forward pass that any batch takes.
 
-    It stands in for a batch that is left out: where weights are sharded, every process must go through the same passes.
+    It takes the place of the loss of a batch that is left out. Where weights are sharded, the processes exchange them
+    in every pass, so each process must go through the same number of passes.
     """
     batch = {name: tensor.to(engine.device) for name, tensor in collate([FILLER], pad_token_id).items()}
     return 0 * model_per_token_logps(engine, batch).sum()
 
 
-def leave_out(config: TrainConfig, progress: Progress, console: Console, error: NonFiniteError) -> None:
-    """At a batch whose loss is not finite on some process: raises, or counts it and says so, as configured."""
+def leave_out(config: TrainConfig, console: Console, error: NonFiniteError) -> None:
+    """At a batch whose loss is not finite on some process: raises, or says that it is left out, as configured."""
     if config.non_finite == "raise":
         raise error
-    progress.skipped_batches += 1
     console.print(f"[yellow]batch left out on all processes:[/yellow] {error}", soft_wrap=True, highlight=False)
 
 
@@ -43,8 +43,8 @@ def check_gradient(
 
     Args:
         norm: of the gradient.
-        any_batch: whether a batch of the step was finite. A step of which nothing is left has no finite gradient,
-            on purpose; it is skipped silently, since each of its batches was reported.
+        any_batch: whether a batch of the step was finite. Where none was, the step is skipped on purpose, and no
+            message is added to those about its batches.
         skipped: whether the step moved no weight.
     """
     progress.empty_steps = progress.empty_steps + 1 if skipped else 0

@@ -13,13 +13,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 import selective_pref_adapters.deepspeed_loop.checkpoints as checkpoints
-from selective_pref_adapters.deepspeed_loop.state import Progress, TrainResult, random_states, restore_random_states
+from selective_pref_adapters.deepspeed_loop.engine import load_engine
+from selective_pref_adapters.deepspeed_loop.state import (
+    LoggedMetrics,
+    Progress,
+    TrainResult,
+    finite_or_none,
+    random_states,
+    restore_random_states,
+)
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.options import MAY_CHANGE_ON_RESUME, TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.reference_store import ReferenceStore
+from selective_pref_adapters.reference_store.identity import model_identity
+from selective_pref_adapters.references import Reference, RunningReference, StoredReference
 
 
 def identity_of(
@@ -27,9 +37,13 @@ def identity_of(
     world_size: int,
     train_pairs: Sequence[TokenizedPair],
     eval_pairs: Sequence[TokenizedPair],
-    stores: Mapping[str, ReferenceStore],
+    references: Mapping[str, Reference | None],
 ) -> dict[str, Any]:
-    """What shapes a run: options, number of processes, what the data and the stores hold."""
+    """What shapes a run: options, number of processes, what the data, the stores and the references' weights are.
+
+    A running reference is known by the digest of its weights, which takes about a second for each GB: its folder may
+    hold other ones when the run is resumed. The policy's folder is not read again then, so its weights do not count.
+    """
 
     def digest(pairs: Sequence[TokenizedPair]) -> str:
         text = hashlib.sha256()
@@ -38,17 +52,26 @@ def identity_of(
         return f"{len(pairs)} pairs, {text.hexdigest()[:16]}"
 
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
-    spaces = {f"{name.replace(' ', '_')}_space": store.space.name for name, store in stores.items()}
+    sources: dict[str, str] = {}
+    for name, reference in references.items():
+        if isinstance(reference, StoredReference):
+            sources[f"{name.replace(' ', '_')}_space"] = reference.store.space.name
+        if isinstance(reference, RunningReference):
+            sources[f"{name.replace(' ', '_')}_weights"] = model_identity(reference.model)["weights"]
     data = {"training_data": digest(train_pairs), "evaluation_data": digest(eval_pairs)}
-    return {**options, **spaces, "processes": world_size, **data}
+    return {**options, **sources, "processes": world_size, **data}
 
 
 FIXED = ("dtype", "zero_stage", "offload_optimizer", "offload_parameters", "processes")
-"""What the files of a checkpoint depend on: no force makes them fit another."""
+"""What the layout of a checkpoint's files depends on: a change of these is refused even with `force_resume`."""
 
 
 def check_same_run(checkpoint: Path | None, folder: Path, identity: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Raises ValueError where the run to be resumed differs from this one; the differences, where they are forced."""
+    """The differences between this run and the one to be resumed, one sentence each; none where nothing is resumed.
+
+    Raises:
+        ValueError: there are differences without `force_resume`, or one that the checkpoint's files do not allow.
+    """
     recorded = (checkpoint or folder) / "run.json"
     if config.resume is None or not recorded.exists():
         return []
@@ -90,20 +113,31 @@ def checkpoint_to_resume(config: TrainConfig, output_dir: Path) -> Path | None:
     return found
 
 
-def finished_run(output_dir: Path) -> TrainResult | None:
-    """What a run in this folder left behind, if it came to its end."""
+def finished_run(output_dir: Path, steps: int, checkpoint: Path | None) -> TrainResult | None:
+    """What a finished run of at least `steps` steps left in this folder; None where steps are left to do.
+
+    Raises:
+        ValueError: a finished run is to do more steps, but kept no checkpoint to go on from.
+    """
     if not (output_dir / "summary.json").exists():
         return None
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
+    if summary["steps"] < steps:
+        if checkpoint is None:
+            raise ValueError(
+                f"the run in {output_dir} is finished after {summary['steps']} steps and kept no checkpoint, so it "
+                f"cannot go on to {steps}: start a new run with the saved model as --model"
+            )
+        return None
     return TrainResult(output_dir=output_dir, metrics=[json.loads(line) for line in lines], summary=summary)
 
 
 def save_checkpoint(engine: Any, folder: Path, progress: Progress, identity: dict[str, Any], keep: int) -> None:
-    """Writes everything that going on takes; every process must call it.
+    """Writes everything that a resumed run needs; every process must call it.
 
-    Model, optimiser and scheduler are DeepSpeed's files; progress and random states one file for each process; the
-    identity of the run is `run.json`. It becomes a checkpoint when all of it is there: see `checkpoints`.
+    Model, optimiser and scheduler are in DeepSpeed's files, progress and random states in one file for each process,
+    and the identity of the run in `run.json`. The folder gets its name when all of it is there: see `checkpoints`.
 
     Raises:
         OSError: it could not be written. Nothing of it is left, and earlier checkpoints are as they were.
@@ -132,8 +166,7 @@ def save_checkpoint(engine: Any, folder: Path, progress: Progress, identity: dic
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> Progress:
     """Puts model, optimiser, scheduler and random states where the checkpoint had them; returns its progress."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
-    if loaded is None:
+    if not load_engine(engine, checkpoint, tag="engine"):
         raise ValueError(f"DeepSpeed cannot load {checkpoint}")
     own = torch.load(checkpoint / f"process-{dist.get_rank():05d}.pt", weights_only=True, map_location=engine.device)
     restore_random_states(own["random"])
@@ -141,7 +174,7 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> Progress:
 
 
 class StopRequest:
-    """Notes SIGTERM, so that a run can stop where it can be resumed, instead of being killed by it."""
+    """Remembers that SIGTERM came, so that the run can save a checkpoint and stop instead of being ended by it."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -158,3 +191,13 @@ class StopRequest:
 
     def _note(self, *_: object) -> None:
         self.requested = True
+
+
+def stopped_run(console: Console, output_dir: Path, lines: list[LoggedMetrics], progress: Progress) -> TrainResult:
+    """Says how the run can go on; the result has no evaluation of the end, as there was none."""
+    console.print(
+        f"stopped by SIGTERM after step {progress.step}; a checkpoint was saved: go on with --resume auto",
+        soft_wrap=True,
+    )
+    summary = {"before": finite_or_none(progress.first_evaluation), "after": {}}
+    return TrainResult(output_dir=output_dir, metrics=lines, summary=summary, stopped_at=progress.step)

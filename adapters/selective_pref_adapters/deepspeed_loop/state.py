@@ -1,4 +1,4 @@
-"""What a run knows of itself: its progress, the metrics since the last line of the log, the random states."""
+"""The state of a run beside model and optimiser: progress, metrics since the last line of the log, random states."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 from selective_pref_adapters.monitoring import mean_over_pairs
 
 Metrics: TypeAlias = dict[str, float]
+LoggedMetrics: TypeAlias = dict[str, float | None]
+"""A line of the log: None (`null` in the file) stands for a value that is not finite, which JSON cannot express."""
 
 
 @dataclass
 class Progress:
-    """What a run knows of itself beside model and optimiser. A checkpoint holds it, one for each process.
+    """How far a run has come. A checkpoint holds one for each process.
 
     The sampler's position is `step`: which pairs a step reads depends on its number and the seed alone.
     """
@@ -27,10 +29,10 @@ class Progress:
     first_evaluation: Metrics = field(default_factory=dict[str, float])
     last_evaluation: Metrics = field(default_factory=dict[str, float])
     window: list[dict[str, torch.Tensor]] = field(default_factory=list[dict[str, torch.Tensor]])
-    """Metrics of every batch since the last line of the log; they stay on the device until they are shown."""
+    """Metrics of every batch since the last line of the log; they stay on the device until a line is written."""
     skipped_batches: int = 0
     empty_steps: int = 0
-    """Steps in a row that moved no weight."""
+    """The number of consecutive steps, up to the last one, that moved no weight."""
 
     def postfix(self, skipped_steps: int) -> dict[str, str]:
         """The last batch for the progress bar: loss, accuracies and margins, full and of the selected tokens."""
@@ -55,20 +57,25 @@ class TrainResult:
     """
 
     output_dir: Path
-    metrics: list[Metrics]
+    metrics: list[LoggedMetrics]
     summary: dict[str, Any]
     stopped_at: int | None = None
 
 
+def finite_or_none(metrics: Metrics) -> LoggedMetrics:
+    """The metrics as JSON can hold them: None for NaN and infinities."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
 def close_window(progress: Progress) -> Metrics:
-    """The means over all batches since the last line; starts anew. Every process must call it."""
+    """The means over all batches since the last line, after which none are left. Every process must call it."""
     means = mean_over_pairs(progress.window, [1] * len(progress.window))  # all batches hold equally many pairs
     progress.window = []
     return means
 
 
 def metrics_of_step(engine: Any, scheduler: Any, progress: Progress, norm: float) -> Metrics:
-    """What a line says beside the means: rate of the next step, gradient norm of the last, and what was skipped."""
+    """What a line holds beside the means: rate of the next step, gradient norm of the last, and what was skipped."""
     return {
         "learning_rate": float(scheduler.get_last_lr()[0]),
         **({"grad_norm": norm} if math.isfinite(norm) else {}),

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, variance
 from typing import Any
 
 import torch
@@ -31,32 +30,12 @@ from selective_pref_adapters.hf_trainer.checks import (
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SKIPPED, SelectivePreferenceLoss, Window
 from selective_pref_adapters.models import usable_length
-from selective_pref_adapters.monitoring import SELF_REFERENCE, mean_over_pairs
+from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, mean_over_pairs, wrong_signs
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
 from selective_pref_adapters.selection_picture import picture_rows, write_picture
 
 logger = logging.getLogger(__name__)
-
-SIGNS = {
-    "self_reference": SELF_REFERENCE,
-    "falling": (
-        "the full-sequence margin ({prefix}rewards/margins) is falling: the policy moves towards the rejected "
-        "responses. Look at the learning rate, at swapped pairs, and at whether the reference prefers the chosen side"
-    ),
-    "below_half": (
-        "the full-sequence accuracy ({prefix}rewards/accuracies) has been below one half for long. Beside a reference "
-        "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
-    ),
-    "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
-    "find them and score them again",
-    "ties": (
-        "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
-        "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
-        "to 1"
-    ),
-}
-"""What a run that looks wrong is told, by kind."""
 
 _SHORT = {"beta": "selection/beta", "selection_ratio": "selection/ratio"}
 
@@ -235,7 +214,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 self._warn(kind, prefix)
         if skipped:
             self._warn("non_finite", prefix)
-        if selects and values.get("selection/tied_fraction", 0.0) > 0.5:
+        if selects and values.get("selection/tied_fraction", 0.0) > MOSTLY_TIED:
             self._warn("ties", prefix)
 
     def _warn(self, kind: str, prefix: str = "") -> None:
@@ -281,21 +260,6 @@ class SelectionCallback(TrainerCallback, ExportableState):
         finally:
             self.loss.windows = windows
         return out, labels.places
-
-
-def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
-    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
-
-    "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
-    errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.
-    """
-    if len(seen) < 2 * patience:
-        return []
-    margins, accuracies = zip(*seen[-2 * patience :], strict=True)
-    earlier, later = margins[:patience], margins[patience:]
-    error = ((variance(earlier) + variance(later)) / patience) ** 0.5
-    found = ["falling"] if mean(later) < mean(earlier) - 3 * error else []
-    return found + (["below_half"] if max(accuracies) < 0.5 else [])
 
 
 # --- the trainer from outside --------------------------------------------------------------------------------------
