@@ -34,7 +34,7 @@ from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
 from selective_pref_adapters.trl_trainer import config as trl_config
-from selective_pref_adapters.trl_trainer import trainer as trl_trainer
+from selective_pref_adapters.trl_trainer import reference as trl_reference
 from selective_pref_adapters.trl_trainer.config import check_trl_version
 from tiny import make_model, text_rows, write_jsonl
 
@@ -319,15 +319,15 @@ def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Pa
         assert "lora" in name or torch.equal(parameter, base[name])
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     modes = [module.training for module in trainer.model.modules()]
-    with trainer._reference() as reference:
-        assert not any(module.training for module in reference.modules())  # no dropout, whatever disable_dropout says
+    with trainer.reference.reference().switched():
+        assert not any(module.training for module in trainer.model.modules())  # no dropout, whatever disable_dropout is
     store = {"reference_store": str(tmp_path / "store"), "max_steps": 6}
     torch.manual_seed(0)
     stored = make(ref_model=None, peft_config=LORA, precompute_ref_log_probs=True, **store)
     assert [line["loss"] for line in steps_of(trained(stored))] == [line["loss"] for line in logged]
     assert len(list((tmp_path / "store").iterdir())) == 1
     assert stored.evaluate(Dataset.from_list(text_rows(60)[48:]))["eval_loss"] > 0  # its reference is still there
-    assert torch.equal(trainer._ref_logps(batch), frozen_per_token_logps(load_fused(policy_folder), batch))
+    assert torch.equal(trainer.reference.reference()(batch), frozen_per_token_logps(load_fused(policy_folder), batch))
     assert modes == [module.training for module in trainer.model.modules()]
 
 
@@ -347,10 +347,10 @@ def test_a_trained_adapter_is_trained_on_against_its_own_copy(make: Make, policy
     model = PeftModel.from_pretrained(load(policy_folder), tmp_path / "adapter", is_trainable=True)
     trainer = make(model=model, ref_model=None)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    start = trainer._ref_logps(batch)
+    start = trainer.reference.reference()(batch)
     trainer.train()
     assert steps_of(trainer)[0]["loss"] == pytest.approx(math.log(2))
-    assert torch.equal(trainer._ref_logps(batch), start)
+    assert torch.equal(trainer.reference.reference()(batch), start)
     adapter.eval()
     torch.testing.assert_close(start, frozen_per_token_logps(adapter, batch))
     trainer.save_model(str(tmp_path / "trained"))
@@ -403,7 +403,7 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
 def test_precomputing_without_a_folder_has_one_for_all_runs(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trl_trainer, "DEFAULT_STORE", tmp_path / "home")
+    monkeypatch.setattr(trl_reference, "DEFAULT_STORE", tmp_path / "home")
     one = steps_of(trained(make(precompute_ref_log_probs=True, output_dir=str(tmp_path / "a"))))
     shards = sorted((tmp_path / "home").rglob("*.safetensors"))
     two = steps_of(trained(make(precompute_ref_log_probs=True, output_dir=str(tmp_path / "b"))))
@@ -553,9 +553,9 @@ def test_every_option_of_dpoconfig_is_read_or_refused(tmp_path: Path) -> None:
     for name, value in other.items():
         with pytest.raises(ValueError, match=rf"{name}=.* has no meaning under selection: \w+"):
             SelectiveDPOConfig(**options(tmp_path, **{name: value}))
-    for name in ("loss_type", "ld_alpha"):
+    for name in ("loss_type", "ld_alpha"):  # set later: found when the trainer is made
         args = SelectiveDPOConfig(**options(tmp_path))
-        setattr(args, name, other[name])  # set later: found when the trainer is made
+        setattr(args, name, other[name])
         with pytest.raises(ValueError, match=name):
             SelectiveDPOTrainer(model="absent", args=args, train_dataset=Dataset.from_list(ROWS))
 
@@ -687,7 +687,7 @@ def test_the_command_trains_from_a_recipe(
         (["--eval_strategy", "epoch"], "no split 'test', only ['train']"),
         (["--dataset_name", str(recipe)], "cannot read"),
         (["--selection_ratio", "40"], "selection_ratio must be in (0, 1]"),
-        (["--config", "absent.yaml"], "trl_paper.yaml"),
+        (["--config", "absent.yaml"], "nor one of the recipes that come with it (trl_paper)"),
         (["--selction_ratio", "0.4"], "--selction_ratio"),
     ):
         words = [*flags, *more] if more[0] != "--config" else ["dpo", *more]
@@ -701,18 +701,20 @@ def test_the_command_trains_from_a_recipe(
 def test_the_paper_s_recipe(tmp_path: Path) -> None:
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-    from selective_pref_adapters.trl_trainer.command import RECIPES, SelectiveDPOArguments, with_recipe
+    from selective_pref_adapters.trl_trainer.command import SelectiveDPOArguments, with_config_file
 
-    words = with_recipe(["--config", "trl_paper.yaml", "--output_dir", str(tmp_path), "--use_cpu"])
     parser = TrlParser((SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig))
-    assert words[-2:] == ["--deepspeed", str(RECIPES / "zero3.json")]
+    words = with_config_file(parser, ["--config", "trl_paper.yaml", "--output_dir", str(tmp_path), "--use_cpu"])
+    settings = Path(words[-1])
+    assert words[-2] == "--deepspeed"
+    assert settings.parent.name == "dpo"
     script, args, model, _ = parser.parse_args_and_config(args=[*words[:-2], "--deepspeed", ""])
     assert (args.beta, args.selection_ratio, args.num_train_epochs, args.max_length) == (0.01, 0.4, 2, 4096)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 1280
     assert args.bf16
     assert model.dtype == "bfloat16"
     assert script.ref_model_name_or_path is None
-    assert json.loads((RECIPES / "zero3.json").read_text())["zero_optimization"]["stage"] == 3
+    assert json.loads(settings.read_text())["zero_optimization"]["stage"] == 3
 
 
 def test_the_two_name_change_of_the_page(

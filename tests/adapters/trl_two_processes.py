@@ -22,6 +22,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError
+from selective_pref_adapters.batch import REF_LOGPS, from_bits
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
 from tiny import text_rows
 
@@ -114,8 +115,9 @@ def main(policy: str, reference: str, folder: Path) -> None:
         seen = {"steps": steps, "sharded": sharded, "eval": trainer.evaluate()}
         if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-            looked_up = trainer._store.lookup(batch)
-            seen["bits"] = torch.equal(trainer._ref_logps(trainer._prepare_inputs(batch)), looked_up)
+            looked_up = trainer.reference.reference().store.lookup(batch)
+            prepared = trainer._prepare_inputs(batch)
+            seen["bits"] = torch.equal(from_bits(prepared[REF_LOGPS]), looked_up)
         note(name, seen)
 
 
