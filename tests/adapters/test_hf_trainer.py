@@ -896,7 +896,9 @@ def experts(folder: Path, **options: Any) -> Any:
     return model_of(folder)
 
 
-def test_a_trainer_does_not_load_the_experts_of_a_checkpoint_back(build: Run, tmp_path: Path) -> None:
+def test_a_trainer_does_not_load_the_experts_of_a_checkpoint_back(
+    build: Run, pairs: list[TokenizedPair], tmp_path: Path
+) -> None:
     """So resuming and the best model are refused; a run without them trains."""
     options = {"loss": SelectivePreferenceLoss("simpo"), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = build(model=experts(tmp_path / "experts"), **options)
@@ -908,8 +910,9 @@ def test_a_trainer_does_not_load_the_experts_of_a_checkpoint_back(build: Run, tm
     assert all(torch.equal(tensor, saved[name]) for name, tensor in trainer.model.state_dict().items())
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*MixtralForCausalLM \(its experts\)"):
         build(model=experts(tmp_path / "experts"), **options).train(resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(ValueError, match="load_best_model_at_end: .*from_pretrained"):
-        build(model=experts(tmp_path / "experts"), load_best_model_at_end=True, eval_strategy="steps", **options)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "evaluation": pairs[30:]}
+    with pytest.raises(ValueError, match=r"load_best_model_at_end: .*from_pretrained"):
+        build(model=experts(tmp_path / "experts"), **best, **options)
     with pytest.raises(ValueError, match="load-balancing loss"):
         build(model=experts(tmp_path / "balanced", output_router_logits=True), **options)
 
