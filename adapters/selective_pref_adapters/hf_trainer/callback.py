@@ -38,9 +38,7 @@ from selective_pref_adapters.selection_picture import picture_rows, write_pictur
 
 logger = logging.getLogger(__name__)
 
-SKIPPED = "selection/skipped_pairs"
-
-
+_SKIPPED = "selection/skipped_pairs"
 _SHORT = {"beta": "selection/beta", "selection_ratio": "selection/ratio"}
 
 
@@ -105,7 +103,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """
         loss, collator = trainer.compute_loss_func, trainer.data_collator
         check_trainer(trainer)
-        others = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, type(self))]
+        others = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SelectionCallback)]
         if any(callback is not self for callback in others):
             raise ValueError("one SelectionCallback is enough: two would set the same schedule")
         check_schedules(loss, self.schedules)
@@ -213,7 +211,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         values = means.values
         logs.update({f"{prefix}{name}": value for name, value in values.items() if name not in ("loss", DISTANCE)})
         if self.loss.non_finite == "skip" and means.pairs + means.left_out:
-            logs[f"{prefix}{SKIPPED}"] = means.left_out / (means.pairs + means.left_out)
+            logs[f"{prefix}{_SKIPPED}"] = means.left_out / (means.pairs + means.left_out)
         selects = logs.get("selection/ratio", 1.0) < 1
         if "rewards/margins" in values:
             seen = self.history.setdefault(prefix, [])
