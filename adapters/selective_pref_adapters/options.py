@@ -47,8 +47,8 @@ class LossOptions(SelectionOptions):
 
 
 @dataclass(kw_only=True)
-class TrainConfig(LossOptions):
-    """Everything a run depends on."""
+class TrainInputs:
+    """What a run of `train` reads, where it writes, and its objective."""
 
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
@@ -70,6 +70,12 @@ class TrainConfig(LossOptions):
     """Where everything is written; must be absent or empty, or a run to resume."""
     objective: ObjectiveName = "selective_dpo"
     """The loss. Distilled DPO is dpo with a stronger ref_model."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(LossOptions, TrainInputs):
+    """Everything a run depends on: `TrainInputs`, the numbers of its loss, and the following."""
+
     eval_pairs: str | None = None
     """Held-out rows; without them, eval_fraction of the rows is held out, by prompt."""
     eval_fraction: float = 0.05

@@ -68,7 +68,7 @@ def test_a_wrong_file_names_what_is_wrong(tmp_path: Path, capsys: pytest.Capture
     )
     recipe.write_text("xyz: 1\n")
     assert main(["train", "--config", str(recipe)]) == 1
-    assert "there is no option 'xyz'. Options are beta, selection_ratio," in capsys.readouterr().err
+    assert "there is no option 'xyz'. Options are model, pairs," in capsys.readouterr().err
     assert main(["train", "--config"]) == 1
     assert "the name of a YAML file, or of a recipe: paper, smoke" in capsys.readouterr().err
     recipe.write_text("- a\n- b\n")

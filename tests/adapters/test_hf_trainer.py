@@ -723,6 +723,10 @@ def parts(
     )
 
 
+def policy_and_reference(model: Any) -> dict[str, Any]:
+    return {"model": model, "loss": SelectivePreferenceLoss(ref_model=model)}
+
+
 def pair_of(chosen: list[int], rejected: list[int]) -> TokenizedPair:
     return TokenizedPair(chosen_ids=chosen, rejected_ids=rejected, chosen_prompt_length=1, rejected_prompt_length=1)
 
@@ -765,8 +769,12 @@ REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
         "'dpo' selects no tokens: leave scoring_ref_model out",
     ),
     "the policy as its reference": (
-        lambda it: {"model": it.policy, "loss": SelectivePreferenceLoss(ref_model=it.policy)},
+        lambda it: policy_and_reference(it.policy),
         "the reference is the policy itself",
+    ),
+    "a frozen adapter as its reference": (
+        lambda it: policy_and_reference(lora(it.policy_folder).requires_grad_(False)),
+        "the reference is the policy itself.*is_trainable=True",
     ),
     "a reference that could be trained": (
         lambda it: {"loss": SelectivePreferenceLoss(ref_model=lora(it.policy_folder))},

@@ -320,7 +320,7 @@ def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Pa
         assert "lora" in name or torch.equal(parameter, base[name])
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     modes = [module.training for module in trainer.model.modules()]
-    with trainer.reference.reference().switched():
+    with trainer.reference.source().switched():
         assert not any(module.training for module in trainer.model.modules())  # no dropout, whatever disable_dropout is
     store = {"reference_store": str(tmp_path / "store"), "max_steps": 6}
     torch.manual_seed(0)
@@ -328,7 +328,7 @@ def test_lora_takes_the_policy_without_its_adapter(make: Make, policy_folder: Pa
     assert [line["loss"] for line in steps_of(trained(stored))] == [line["loss"] for line in logged]
     assert len(list((tmp_path / "store").iterdir())) == 1
     assert stored.evaluate(Dataset.from_list(text_rows(60)[48:]))["eval_loss"] > 0  # its reference is still there
-    assert torch.equal(trainer.reference.reference()(batch), frozen_per_token_logps(load_fused(policy_folder), batch))
+    assert torch.equal(trainer.reference.logps_of(batch), frozen_per_token_logps(load_fused(policy_folder), batch))
     assert modes == [module.training for module in trainer.model.modules()]
 
 
@@ -348,10 +348,10 @@ def test_a_trained_adapter_is_trained_on_against_its_own_copy(make: Make, policy
     model = PeftModel.from_pretrained(load(policy_folder), tmp_path / "adapter", is_trainable=True)
     trainer = make(model=model, ref_model=None)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    start = trainer.reference.reference()(batch)
+    start = trainer.reference.logps_of(batch)
     trainer.train()
     assert steps_of(trainer)[0]["loss"] == pytest.approx(math.log(2))
-    assert torch.equal(trainer.reference.reference()(batch), start)
+    assert torch.equal(trainer.reference.logps_of(batch), start)
     adapter.eval()
     torch.testing.assert_close(start, frozen_per_token_logps(adapter, batch))
     trainer.save_model(str(tmp_path / "trained"))
@@ -673,7 +673,7 @@ def test_a_reference_that_was_left_in_training_mode_has_no_dropout(make: Make, t
     folder = make_model(tmp_path / "dropout", seed=5, attention_dropout=0.5)
     trainer = make(ref_model=load(folder).train(), disable_dropout=False)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    assert torch.equal(trainer.reference.reference()(batch), frozen_per_token_logps(load_fused(folder), batch))
+    assert torch.equal(trainer.reference.logps_of(batch), frozen_per_token_logps(load_fused(folder), batch))
 
 
 def experts(policy_folder: Path) -> Any:

@@ -117,7 +117,7 @@ def main(policy: str, reference: str, folder: Path) -> None:
         seen = {"steps": steps, "sharded": sharded, "eval": trainer.state.log_history[-1]}
         if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-            looked_up = trainer.reference.reference().store.lookup(batch)
+            looked_up = trainer.reference.source().store.lookup(batch)
             prepared = trainer._prepare_inputs(batch)
             seen["bits"] = torch.equal(from_bits(prepared[REF_LOGPS]), looked_up)
         note(name, seen)

@@ -103,11 +103,11 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """
         loss, collator = trainer.compute_loss_func, trainer.data_collator
         check_trainer(trainer)
-        others = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SelectionCallback)]
-        if any(callback is not self for callback in others):
+        there = [found for found in trainer.callback_handler.callbacks if isinstance(found, SelectionCallback)]
+        if any(callback is not self for callback in there):
             raise ValueError("one SelectionCallback is enough: two would set the same schedule")
         check_schedules(loss, self.schedules)
-        if not others:
+        if not there:
             trainer.add_callback(self)
         self.trainer = trainer
         loss.collect_metrics()

@@ -1,7 +1,7 @@
 """Where the reference log-probs of a `SelectiveDPOTrainer` come from.
 
 In: what the trainer was given (a reference model or none, a store or none, adapters or none). Out: one `Reference` that
-the loss asks for a batch's log-probs, or none, where the objective reads none.
+gives a batch's log-probs to the loss, or none, where the objective reads none.
 
     a model, beside the policy       RunningReference
     the policy with its adapter off  AdapterOffReference; of an adapter that was trained before, TRL's frozen copy of it
@@ -19,10 +19,11 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub.constants import HF_HOME
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from trl.trainer.utils import create_model_from_path
 
+from selective_pref_adapters.batch import REF_LOGPS, Batch
 from selective_pref_adapters.models import is_sharded
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.fill import fill_store
@@ -35,6 +36,7 @@ from selective_pref_adapters.references import (
     StoredReference,
     evaluating,
     is_initial_policy,
+    ref_logps_of,
 )
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 
@@ -45,7 +47,7 @@ DEFAULT_STORE = Path(HF_HOME) / "selective_pref" / "reference_store"
 
 
 class TrainerReference:
-    """The reference of one trainer. It is chosen before TRL loads the policy, and asked from the first batch on.
+    """The reference of one trainer: chosen before TRL loads the policy, used from the first batch on.
 
     Args:
         trainer: the `SelectiveDPOTrainer`, not yet built.
@@ -121,7 +123,7 @@ class TrainerReference:
             Whether rows that an evaluation brings are still to be scored.
         """
         if not self.stored:
-            self.reference()
+            self.source()
             return False
         self._fills = self._args.precompute_ref_log_probs
         if not self._fills:
@@ -129,8 +131,15 @@ class TrainerReference:
         self._trainer.ref_model = self.model
         return self._fills
 
-    def reference(self) -> Reference | None:
-        """Whom to ask for the log-probs of a batch that brings none; None where the objective reads none."""
+    def logps_of(self, batch: Batch) -> Tensor | None:
+        """The reference's log-probs of a batch [2B T]: those that the collator looked up, else computed now.
+
+        None where the objective reads no reference.
+        """
+        return ref_logps_of(batch, REF_LOGPS, self.source())
+
+    def source(self) -> Reference | None:
+        """What gives the log-probs of a batch that brings none; None where the objective reads no reference."""
         if self._needed and self._reference is None:
             self._reference = self._adapter_off()
         return self._reference
@@ -140,7 +149,7 @@ class TrainerReference:
 
         TRL makes an adapter, or copies a trained one, so that the policy begins as its own reference.
         """
-        reference = self.reference()
+        reference = self.source()
         return isinstance(reference, AdapterOffReference) or is_initial_policy(reference, self._trainer.model)
 
     def store_rows(self, pairs: list[TokenizedPair], batch_size: int) -> ReferenceStore:

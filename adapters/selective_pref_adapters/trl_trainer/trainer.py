@@ -19,7 +19,7 @@ from trl import DPOTrainer
 
 from selective_pref import Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
-from selective_pref_adapters.batch import REF_LOGPS, Batch
+from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.models import check_reloadable, usable_length
 from selective_pref_adapters.monitoring import (
@@ -31,7 +31,6 @@ from selective_pref_adapters.monitoring import (
     own_pairs,
 )
 from selective_pref_adapters.objectives import loss_of_batch, needs_reference
-from selective_pref_adapters.references import ref_logps_of
 from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
@@ -85,7 +84,8 @@ class SelectiveDPOTrainer(DPOTrainer):
         check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
         revision = (args.model_init_kwargs or {}).get("revision")
         configs = {"policy": config_of(model, args, revision=revision)}
-        configs |= {} if ref_model is None else {"reference": config_of(ref_model, args)}
+        if ref_model is not None:
+            configs["reference"] = config_of(ref_model, args)
         args.max_length = usable_length(args.max_length, configs)
         self.reference = TrainerReference(
             self,
@@ -134,9 +134,12 @@ class SelectiveDPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a micro-batch; the seam between TRL and this library."""
+        """The mean loss of a micro-batch: the place where TRL's trainer calls this library.
+
+        In an evaluation on several processes, pairs that were repeated to fill up the last batch are not counted.
+        """
         logps, statistics = model_logps_and_statistics(model, inputs)
-        ref_logps = ref_logps_of(inputs, REF_LOGPS, self.reference.reference())
+        ref_logps = self.reference.logps_of(inputs)
         out = loss_of_batch(self.objective, inputs, logps, ref_logps)
         if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
             raise non_finite_error(out, f"step {self.state.global_step + 1}")
