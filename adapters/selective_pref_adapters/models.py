@@ -206,8 +206,9 @@ def check_savable(model: Any, tokenizer: Any = None) -> list[str]:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"the trained model could not be saved at the end: {error}. Repair this in the model's folder first"
+                f"the trained model could not be saved at the end, so change this first: {reason}"
             ) from error
     return notes
 

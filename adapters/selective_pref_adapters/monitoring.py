@@ -1,7 +1,8 @@
-"""What is reported of a run, over all its processes: metrics, numbers that are not finite, signs of a bad run.
+"""The metrics of a run over all its processes, numbers that are not finite, and the signs of a run that goes wrong.
 
-In: diagnostics and losses of one process's batches. Out: means over all processes, one decision on all of them, errors
-that name rows. Without an initialised process group there is one process, and nothing is sent.
+In: diagnostics and losses of one process's batches. Out: means over all processes, decisions that are the same on all
+of them, errors that name rows, warnings. Without an initialised process group there is one process, and nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SIGNS = {
         "to 1"
     ),
 }
-"""The text of each warning, by kind."""
+"""What a run that looks wrong is told, by kind."""
 MOSTLY_TIED = 0.5
 """A larger share of tokens on the threshold is the sign "ties"."""
 
@@ -170,7 +171,7 @@ def finite_everywhere(losses: Tensor) -> bool:
 
 
 def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
-    """Whether `flag` is set on any process; every process must ask, and gets the same answer.
+    """Whether `flag` is set on any process; every process must call it, and gets the same answer.
 
     Args:
         flag: of this process.
@@ -183,7 +184,7 @@ def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
 
 
 def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()) -> NonFiniteError:
-    """The error that names what is not finite in this process's batch, or says that another process has found it.
+    """The error that names what is not finite in this process's batch, or says that it is in another process's batch.
 
     Args:
         out: the losses of this process's batch.
@@ -203,7 +204,7 @@ def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()
 
 
 def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
-    """The kinds of warning that a series of [full margin, full accuracy] calls for.
+    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
 
     "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
     errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.

@@ -113,8 +113,8 @@ def check_references(trainer: Trainer) -> None:
         switched = isinstance(reference, AdapterOffReference)
         if reference.model is trainer.model and not switched:
             raise ValueError(
-                "the reference is the policy itself and would move with it: load a second copy (a PEFT model may be its "
-                "own reference, with its adapter switched off, if the adapter is trainable: is_trainable=True)"
+                "the reference is the policy itself and would move with it: load a second copy (a PEFT model may be "
+                "its own reference, with its adapter switched off, if the adapter is trainable: is_trainable=True)"
             )
         if isinstance(reference, AdapterOffReference):
             reference.check()  # again: parameters may have been unfrozen since
