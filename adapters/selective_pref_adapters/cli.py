@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
+
+from selective_pref_adapters.recipes import config_file, recipe_names
 
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
@@ -68,7 +69,7 @@ def _train(arguments: list[str]) -> int:
 
     from selective_pref_adapters.options import TrainConfig
 
-    flags = _with_config_file(arguments, TrainConfig)
+    flags = _with_config_file(arguments, TrainConfig, "train")
     config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
 
     from selective_pref_adapters.deepspeed_loop import (  # slow to import: after the flags are understood
@@ -101,7 +102,7 @@ def _score(arguments: list[str]) -> int:
 
     from selective_pref_adapters.options import ScoreConfig
 
-    flags = _with_config_file(arguments, ScoreConfig)
+    flags = _with_config_file(arguments, ScoreConfig, "score")
     config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
 
     from selective_pref_adapters.reference_store.command import score
@@ -123,8 +124,14 @@ def _demo(arguments: list[str]) -> int:
     return demo(arguments)
 
 
-def _with_config_file(arguments: list[str], config: type) -> list[str]:
-    """`--config FILE` replaced by the flags the file holds, put first; `config` is the dataclass that knows them."""
+def _with_config_file(arguments: list[str], config: type, command: str) -> list[str]:
+    """`--config FILE` replaced by the flags that the file holds, put first.
+
+    Args:
+        arguments: as they were typed.
+        config: the dataclass whose fields are the flags.
+        command: whose recipes may be named, too.
+    """
     known = [field.name for field in fields(config)]
     flags: list[str] = []
     rest = iter(arguments)
@@ -132,19 +139,21 @@ def _with_config_file(arguments: list[str], config: type) -> list[str]:
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(rest, "")
-            from_file += _flags_of_file(path, known)
+            from_file += _flags_of_file(path, known, command)
         else:
             flags.append(argument)
     return from_file + flags
 
 
-def _flags_of_file(path: str, known: Sequence[str]) -> list[str]:
+def _flags_of_file(path: str, known: Sequence[str], command: str) -> list[str]:
     import yaml
 
     if not path:
-        raise ValueError(f"--config needs the name of a YAML file, or of a recipe: {', '.join(recipes())}")
+        names = recipe_names(command)
+        recipes = f", or of a recipe: {', '.join(names)}" if names else ""
+        raise ValueError(f"--config needs the name of a YAML file{recipes}")
     try:
-        options = yaml.safe_load(_config_file(path).read_text(encoding="utf-8"))
+        options = yaml.safe_load(config_file(path, command).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
@@ -155,21 +164,6 @@ def _flags_of_file(path: str, known: Sequence[str]) -> list[str]:
             meant = f": did you mean {near[0]!r}?" if near else f". Options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
     return [flag for name, value in options.items() for flag in _flag(str(name), value)]
-
-
-_RECIPES = Path(__file__).parent / "recipes"
-
-
-def recipes() -> list[str]:
-    """The names of the shipped recipes."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
-
-
-def _config_file(name: str) -> Path:
-    """A file of that name, else the shipped recipe of that name."""
-    if not Path(name).exists() and name in recipes():
-        return _RECIPES / f"{name}.yaml"
-    return Path(name)
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from selective_pref_adapters.options import PAPER_MAX_LENGTH
@@ -261,3 +262,48 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
+
+
+# --- what stays when adapters are off, and what a checkpoint gives back -----------------------------------------------
+
+
+def trained_outside_adapters(model: Any) -> list[str]:
+    """The trainable parameters of a PEFT model that stay as they are when its adapters are switched off.
+
+    Those of an adapter carry its name (`lora_A.default.weight`); others are the base model's own, such as the biases
+    that ``LoraConfig(bias="all")`` trains.
+    """
+    adapters = [f".{name}." for name in model.peft_config]
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(adapter in f".{name}." for adapter in adapters)
+    ]
+
+
+def check_reloadable(trainer: Any, what: str) -> None:
+    """Raises ValueError where transformers' `Trainer` would not load all weights of a checkpoint back.
+
+    `save_pretrained` gives the weights of experts other names than the model has. `from_pretrained` reads them again;
+    `Trainer`, which loads a checkpoint name by name, leaves such weights as they are. DeepSpeed and FSDP have
+    checkpoints of their own.
+
+    Args:
+        trainer: a `Trainer` with its model.
+        what: the option that needs the checkpoint, for the message.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not is_saved_under_other_names(trainer.model):
+        return
+    raise ValueError(
+        f"{what}: transformers saves some weights of {type(trainer.model).__name__} (its experts) under other names "
+        "than it loads them by, so a checkpoint would not be loaded back completely. Load the checkpoint with "
+        "from_pretrained instead, train under DeepSpeed, or train adapters"
+    )
+
+
+def is_saved_under_other_names(model: Any) -> bool:
+    """Whether `save_pretrained` gives the weights other names than the model has, as it does for experts."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    names = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
+    return set(revert_weight_conversion(model, names)) != set(names)

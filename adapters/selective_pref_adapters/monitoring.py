@@ -7,11 +7,13 @@ sent.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from statistics import mean, variance
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch import Tensor
 
 from selective_pref import NonFiniteError, PreferenceLoss, check_finite
@@ -66,6 +68,101 @@ def mean_over_pairs(batches: Sequence[Mapping[str, Tensor]], pairs: Sequence[int
         dist.all_reduce(total)
     *sums, count = total.tolist()
     return {name: value / count for name, value in zip(names, sums, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowMeans:
+    """What a window held, over all processes.
+
+    Attributes:
+        values: the mean of each metric over the pairs; empty where there were none.
+        pairs: how many pairs that was.
+        left_out: how many further pairs were left out because their numbers were not finite.
+    """
+
+    values: dict[str, float]
+    pairs: int
+    left_out: int
+
+
+class MetricWindow:
+    """Sums of the metrics of the batches since the last log line; they stay on the device until they are logged."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def add(self, metrics: Mapping[str, Tensor], *, pairs: int, left_out: int = 0) -> None:
+        """Adds one batch.
+
+        Args:
+            metrics: its means, 0-d, of the same names in every batch and process.
+            pairs: how many pairs they are means of; with 0 the values do not matter.
+            left_out: how many pairs of the batch were left out because their numbers were not finite.
+        """
+        values = torch.stack([value.detach().double() for value in metrics.values()])
+        self._names = list(metrics)
+        self._sums = torch.zeros_like(values) if self._sums is None else self._sums
+        if pairs:
+            self._sums = self._sums + values * pairs
+        self._pairs += pairs
+        self._left_out += left_out
+
+    def means(self) -> WindowMeans:
+        """Means over all pairs of all processes; every process must call it. One read-back from the device in all."""
+        if self._sums is None:
+            return WindowMeans(values={}, pairs=0, left_out=0)
+        counts = self._sums.new_tensor([self._pairs, self._left_out])
+        total = torch.cat([self._sums, counts])
+        if _distributed():
+            dist.all_reduce(total)
+        *sums, pairs, left_out = total.tolist()
+        values = {name: value / pairs for name, value in zip(self._names, sums, strict=True)} if pairs else {}
+        return WindowMeans(values=values, pairs=round(pairs), left_out=round(left_out))
+
+    def close(self) -> WindowMeans:
+        """`means`; the window is empty afterwards."""
+        means = self.means()
+        self.clear()
+        return means
+
+    def clear(self) -> None:
+        """Empties the window."""
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._pairs = self._left_out = 0
+
+
+def own_pairs(pairs: int) -> int:
+    """How many of a batch's `pairs` belong to this process alone, the first ones, during an evaluation of a `Trainer`.
+
+    So that all processes have batches of one size, the last batch of an evaluation is filled up with pairs that were
+    seen before. Counted again, they would change the means.
+    """
+    state = GradientState()
+    if not (state.end_of_dataloader and state.remainder > 0):
+        return pairs
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return min(max(state.remainder - rank * pairs, 0), pairs)
+
+
+def evaluation_mean(losses: Tensor, counted: Tensor) -> Tensor:
+    """The mean loss [] of a batch's counted pairs; in an evaluation's last batch, of those of all processes.
+
+    The `Trainer` gathers this number from each process, once per row of a batch, and keeps as many of the gathered
+    numbers as the last batch has rows of its own. Where all of them are the mean over all processes, its `eval_loss` is
+    the mean over the evaluation pairs. Every process must call it.
+
+    Args:
+        losses: one per pair [B].
+        counted: which pairs count, bool [B]: see `own_pairs`.
+    """
+    total, count = losses[counted].sum(), counted.sum()
+    if not GradientState().end_of_dataloader:
+        return total / count.clamp(min=1)
+    sums = torch.stack([total.double(), count.double()])
+    if _distributed():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1].clamp(min=1)).to(losses.dtype)
 
 
 def finite_everywhere(losses: Tensor) -> bool:

@@ -1,11 +1,13 @@
-"""The options of `selective-pref train` and `score`, as dataclasses. Imports no framework: `--help` is quick.
+"""The options of a loss, of `selective-pref train` and of `score`, as dataclasses.
 
-The command line and the YAML file are made from them: a field's name is the flag, its docstring the help.
+Imports no framework, so that `--help` is quick. The command line and the YAML file are made from them: a field's name
+is the flag, its docstring (or its metadata) the help. The options of a loss are said here only: `train`, TRL's
+configuration and the Hugging Face loss read them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from selective_pref import Pool, Ties
@@ -18,8 +20,35 @@ PAPER_MAX_LENGTH = 4096
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
-    """Everything a run depends on. The defaults of β and the ratio are the paper's (§5.1)."""
+class SelectionOptions:
+    """The numbers of Selective-DPO. The defaults of β and the ratio are the paper's (§5.1)."""
+
+    beta: float = field(
+        default=0.01, metadata={"help": "Strength of the pull towards the reference (SimPO's reward scale)."}
+    )
+    selection_ratio: float = field(
+        default=0.4, metadata={"help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO."}
+    )
+    selection_pool: Pool = field(
+        default="response",
+        metadata={"help": "Which tokens compete: those of one response, of one pair, or of the micro-batch."},
+    )
+    selection_ties: Ties = field(
+        default="share", metadata={"help": "What happens to tokens that stand exactly on the threshold."}
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped labels, in [0, 0.5)."})
+
+
+@dataclass(kw_only=True)
+class LossOptions(SelectionOptions):
+    """The numbers of every objective that has a name; each objective reads some of them (`UNREAD` lists the others)."""
+
+    gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, in units of the reward."})
+
+
+@dataclass(kw_only=True)
+class TrainInputs:
+    """What a run of `train` reads, where it writes, and its objective."""
 
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
@@ -41,18 +70,12 @@ class TrainConfig:
     """Where everything is written; must be absent or empty, or a run to resume."""
     objective: ObjectiveName = "selective_dpo"
     """The loss. Distilled DPO is dpo with a stronger ref_model."""
-    beta: float = 0.01
-    """Strength of the pull towards the reference (SimPO's reward scale)."""
-    selection_ratio: float = 0.4
-    """Share of each pool's tokens to keep, in (0, 1]; 1 is DPO."""
-    selection_pool: Pool = "response"
-    """Which tokens compete: those of one response, of one pair, or of the micro-batch."""
-    selection_ties: Ties = "share"
-    """What happens to tokens that stand exactly on the threshold."""
-    gamma: float = 0.5
-    """SimPO's target margin, in units of the reward."""
-    label_smoothing: float = 0.0
-    """Assumed share of flipped labels, in [0, 0.5)."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(LossOptions, TrainInputs):
+    """Everything a run depends on: `TrainInputs`, the numbers of its loss, and the following."""
+
     eval_pairs: str | None = None
     """Held-out rows; without them, eval_fraction of the rows is held out, by prompt."""
     eval_fraction: float = 0.05

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.models import is_sharded, same_weights
+from selective_pref_adapters.models import is_sharded, same_weights, trained_outside_adapters
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
@@ -71,12 +71,26 @@ class AdapterOffReference:
         policy: the same model as it is to be called, inside the engine that wraps it; None for `model` itself.
         adapter: the name of an adapter that is the reference, where the policy trains a copy of it; None for the base
             model alone.
+
+    Raises:
+        ValueError: see `check`.
     """
 
     def __init__(self, model: Any, *, policy: Callable[[], Any] | None = None, adapter: str | None = None) -> None:
         self.model = model
         self.policy: Callable[[], Any] = policy or (lambda: model)
         self.adapter = adapter
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError where training would move the reference: parameters that stay when the adapters are off."""
+        if names := trained_outside_adapters(self.model):
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(
+                f"the policy with its adapters switched off cannot be the reference: {some} would be trained, too, and "
+                "stay when the adapters are off. Train adapters only (LoraConfig(bias='none'), modules_to_save for "
+                "whole layers), or give a reference model"
+            )
 
     def __call__(self, batch: Batch) -> Tensor:
         """The base model's log-probs of the batch [2B T]; modes and adapters are afterwards as before."""

@@ -12,7 +12,14 @@ import torch.multiprocessing as mp
 
 from selective_pref import Response, dpo_loss
 from selective_pref_adapters.models import same_weights
-from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error, verdict
+from selective_pref_adapters.monitoring import (
+    MetricWindow,
+    evaluation_mean,
+    finite_everywhere,
+    mean_over_pairs,
+    non_finite_error,
+    verdict,
+)
 
 
 def one_pair(logp: float, ref: float = -1.0) -> tuple[Response, Response]:
@@ -27,6 +34,25 @@ def test_means_weigh_batches_by_their_pairs() -> None:
     batches = [{"a": torch.tensor(1.0)}, {"a": torch.tensor(4.0)}]
     assert mean_over_pairs(batches, [1, 2]) == {"a": 3.0}
     assert mean_over_pairs([], []) == {}
+
+
+def test_a_window_weighs_batches_by_their_pairs_and_counts_what_was_left_out() -> None:
+    window = MetricWindow()
+    assert window.close().values == {}
+    window.add({"a": torch.tensor(1.0)}, pairs=1)
+    window.add({"a": torch.tensor(4.0)}, pairs=2, left_out=1)
+    window.add({"a": torch.tensor(math.nan)}, pairs=0, left_out=3)  # a batch of which nothing is left
+    means = window.means()
+    assert (means.values, means.pairs, means.left_out) == ({"a": 3.0}, 3, 4)
+    assert window.close() == means
+    window.add({"a": torch.tensor(5.0)}, pairs=1)
+    assert window.close().values == {"a": 5.0}
+
+
+def test_the_mean_of_an_evaluation_counts_some_pairs_only() -> None:
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    assert evaluation_mean(losses, torch.tensor([True, True, False])) == 1.5
+    assert evaluation_mean(losses, torch.tensor([False, False, False])) == 0.0
 
 
 def test_the_error_names_what_is_broken() -> None:
@@ -84,6 +110,9 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     metrics = [{"a": torch.tensor(float(rank + 1))}]
     assert mean_over_pairs(metrics, [1 + 2 * rank]) == {"a": (1 * 1 + 2 * 3) / 4}
+    window = MetricWindow()
+    window.add({"a": torch.tensor(float(rank + 1))}, pairs=1 + 2 * rank, left_out=rank)
+    assert vars(window.close()) == {"values": {"a": (1 * 1 + 2 * 3) / 4}, "pairs": 4, "left_out": 1}
     assert not finite_everywhere(torch.tensor([math.nan if rank else 0.0]))
     assert finite_everywhere(torch.tensor([1.0]))
     dist.destroy_process_group()

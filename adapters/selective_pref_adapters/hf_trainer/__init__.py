@@ -2,19 +2,19 @@
 
 In: a `Trainer` of your own. Out: the same `Trainer`, training on preference pairs:
 
-    Trainer(
+    trainer = Trainer(
         model=model,
         args=TrainingArguments(..., remove_unused_columns=False),
         train_dataset=pairs,
         data_collator=PreferenceCollator(tokenizer),
         compute_loss_func=SelectivePreferenceLoss(ref_model=stronger_model),
-        callbacks=[SelectionCallback()],
     )
+    SelectionCallback().attach(trainer)
 
     collator    pairs → one padded batch, with stored reference log-probs where there is a store
-    loss        the model's answer → Selective-DPO, or another objective, and statistics of the selection
-    callback    schedules of the ratio and of β, statistics in the logs, warnings, pictures
-    checks      what would train wrongly is refused while the trainer is being built
+    loss        a model's output → Selective-DPO, or another objective, and the metrics of the selection
+    callback    schedules of the ratio and of β, metrics in the logs, warnings, pictures
+    checks      what would train wrongly, or fail later, is an error before the first step
     mixin       the same three objects for those who subclass
 """
 

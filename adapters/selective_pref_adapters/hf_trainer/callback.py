@@ -1,8 +1,8 @@
-"""The third of the three objects of `hf_trainer`: what a run is told step by step, and what it says of itself.
+"""Schedules, metrics, warnings and pictures of a run: the third of the three objects of `hf_trainer`.
 
-In: schedules of the ratio and of β, and how patient to be. Out: the loss gets its numbers, the logs get the selection's
-statistics (means over all processes), a person gets warnings and pictures. It also checks a `Trainer` while that is
-being built: everything that would train wrongly, or stop late, stops there.
+In: schedules of the ratio and of β. Out: the loss's numbers of each step; the selection's metrics in the Trainer's logs
+(means over all processes); warnings where a run looks wrong; pictures of the selection. `attach` also checks the
+`Trainer` before its first step, so that what would train wrongly, or fail later, is an error there.
 """
 
 from __future__ import annotations
@@ -23,25 +23,30 @@ from selective_pref import PreferenceLoss
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
+    check_resumable,
     check_rows,
     check_schedules,
     check_trainer,
     datasets_of,
+    models_of,
 )
-from selective_pref_adapters.hf_trainer.loss import DISTANCE, SKIPPED, SelectivePreferenceLoss, Window
-from selective_pref_adapters.models import usable_length
-from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, mean_over_pairs, wrong_signs
+from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss
+from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
 from selective_pref_adapters.selection_picture import picture_rows, write_picture
 
 logger = logging.getLogger(__name__)
 
+_SKIPPED = "selection/skipped_pairs"
 _SHORT = {"beta": "selection/beta", "selection_ratio": "selection/ratio"}
 
 
 class SelectionCallback(TrainerCallback, ExportableState):
-    """Schedules, statistics, warnings and pictures: ``Trainer(callbacks=[SelectionCallback()])``.
+    """Schedules, metrics, warnings and pictures.
+
+    ``SelectionCallback().attach(trainer)`` adds it to a `Trainer` that is built; in ``Trainer(callbacks=[...])`` it
+    attaches itself when that Trainer is built.
 
     Args:
         beta, selection_ratio: schedules over optimiser steps, as ``Schedule(start=1.0, end=0.4, steps=100)``; None for
@@ -55,7 +60,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         warnings: {"step", "kind", "message"} of each warning that was given.
 
     Raises:
-        TypeError, ValueError: while the Trainer is being built: see `attach`.
+        TypeError, ValueError: when it is attached: see `attach`.
     """
 
     def __init__(
@@ -88,46 +93,52 @@ class SelectionCallback(TrainerCallback, ExportableState):
     # --- the trainer -------------------------------------------------------------------------------------------------
 
     def attach(self, trainer: Trainer) -> None:
-        """Checks the trainer and lets its logs carry the statistics. A `Trainer` that is being built does this itself.
+        """Checks the trainer, adds this callback to it if it is not there, and lets its logs carry the metrics.
 
         Raises:
             TypeError, ValueError: a collator or loss that is not ours, an argument that does not go together with
-                them, no reference or two, rows that a model cannot read. Each message says what to change.
+                them, no reference or two, a model that cannot be trained or saved, rows that a model cannot read. Each
+                message says what to change.
             MissingRowsError: the store lacks rows of the training or evaluation set.
         """
         loss, collator = trainer.compute_loss_func, trainer.data_collator
         check_trainer(trainer)
-        if sum(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks) > 1:
+        there = [found for found in trainer.callback_handler.callbacks if isinstance(found, SelectionCallback)]
+        if any(callback is not self for callback in there):
             raise ValueError("one SelectionCallback is enough: two would set the same schedule")
         check_schedules(loss, self.schedules)
+        if not there:
+            trainer.add_callback(self)
         self.trainer = trainer
-        loss.windows = {"train": Window(), "eval": Window()}
-        loss.final = {name: schedule.end for name, schedule in self.schedules.items()}
+        loss.collect_metrics()
+        self._set_step(0)
         trainer.model_accepts_loss_kwargs = False  # the model computes no loss, so it gets no count of items
-        # Predictions would have two rows a pair, of which the Trainer would cut the wrong ones off.
+        # A prediction would have two rows per pair, and the Trainer cuts off the last rows of the gathered ones, which
+        # are not those that were repeated.
         trainer.args.prediction_loss_only = True
         for reference in loss.references.values():
             if isinstance(reference, AdapterOffReference):
                 reference.policy = functools.partial(_runnable, trainer)
-        # A model that `model_init` makes later has the head it was born with.
+        # `model_init` makes another model at each `train`, which has no fused head: its logits are used.
         collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
-        if collator.max_length is None:
-            models = (trainer.model, *(reference.model for reference in loss.references.values()))
-            collator.max_length = usable_length(None, {str(number): model for number, model in enumerate(models)})
+        models = models_of(trainer)
+        collator.set_max_length(models)
         for name, dataset in datasets_of(trainer):
-            check_rows(name, dataset, collator, trainer.model, list(loss.references.values()))
-        _let_logs_carry_statistics(trainer)
+            check_rows(name, dataset, collator, models)
+        _let_logs_carry_metrics(trainer)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The end of `Trainer.__init__`."""
         self.attach(_calling_trainer())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes up what a checkpoint says of the run so far."""
+        """Restores from a checkpoint what the warnings look back on."""
         if self.trainer is None:  # added to a finished Trainer, or made anew from a checkpoint by it
             self.attach(_calling_trainer())
         if state.global_step == 0:
             self.warnings, self.history, self._drawn_at = [], {}, -1
+        else:
+            check_resumable(self.trainer)
         stored = state.stateful_callbacks.get(type(self).__name__)
         if stored is not None and state.global_step > 0:
             if stored["args"] != self.state()["args"]:
@@ -140,11 +151,10 @@ class SelectionCallback(TrainerCallback, ExportableState):
             for name, value in stored["attributes"].items():
                 setattr(self, name, value)
         state.stateful_callbacks[type(self).__name__] = self.state()
-        for window in self.loss.windows.values():
-            window.clear()
+        self.loss.collect_metrics()
         if state.global_step == 0 and self._selects and self._starts_at_the_reference():
             self._warn("self_reference")
-        self._set_numbers(state.global_step)
+        self._set_step(state.global_step)
 
     @property
     def loss(self) -> SelectivePreferenceLoss:
@@ -154,21 +164,19 @@ class SelectionCallback(TrainerCallback, ExportableState):
     # --- schedules ---------------------------------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The numbers of this optimiser step."""
-        self._set_numbers(state.global_step)
-        self.loss.windows["eval"].clear()  # of an evaluation that did not come to its end
+        """Gives the loss its numbers of this optimiser step."""
+        self._set_step(state.global_step)
+        self.loss.windows["eval"].clear()  # of an evaluation that was interrupted
 
-    def _set_numbers(self, step: int) -> None:
-        self.loss.now = {name: schedule(step) for name, schedule in self.schedules.items()}
-        self.loss.where = f"step {step + 1}"
+    def _set_step(self, step: int) -> None:
+        now = {name: schedule(step) for name, schedule in self.schedules.items()}
+        end = {name: schedule.end for name, schedule in self.schedules.items()}
+        self.loss.set_step(f"step {step + 1}", now, end)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the first step: did the reference say what the initial policy said?"""
-        window = self.loss.windows["train"]
-        if state.global_step == 1 and self._selects and DISTANCE in window.names:
-            sums = {DISTANCE: window.sums[window.names.index(DISTANCE)], "pairs": window.sums.new_tensor(window.pairs)}
-            seen = mean_over_pairs([sums], [1])
-            distance = seen[DISTANCE] / seen["pairs"] if seen["pairs"] else 1.0
+        """After the first step: warns if the reference's log-probs were those of the initial policy."""
+        if state.global_step == 1 and self._selects:
+            distance = self.loss.windows["train"].means().values.get(DISTANCE, 1.0)
             low_precision = args.bf16 or args.fp16 or next(self.trainer.model.parameters()).dtype != torch.float32
             if distance < (2e-2 if low_precision else 1e-3):
                 self._warn("self_reference")
@@ -181,28 +189,29 @@ class SelectionCallback(TrainerCallback, ExportableState):
 
     @property
     def _selects(self) -> bool:
-        """Whether the loss ever looks at some of the tokens only."""
-        final = {**self.loss.options, **self.loss.final}["selection_ratio"]
+        """Whether the loss selects tokens: from the start, or at the end of a schedule."""
+        final = {**self.loss.options, **self.loss.evaluation_numbers}["selection_ratio"]
         return "selection_ratio" in self.loss.schedulable and final < 1
 
     # --- logs --------------------------------------------------------------------------------------------------------
 
-    def add_statistics(self, logs: dict[str, float]) -> None:
+    def add_metrics(self, logs: dict[str, float]) -> None:
         """Puts the means since the last log, over all processes, into a log that the Trainer is about to write."""
         windows = self.loss.windows
         if "loss" in logs and "learning_rate" in logs:
             for name in sorted(self.loss.schedulable):
-                logs[_SHORT[name]] = self.loss.now.get(name, self.loss.options[name])
+                logs[_SHORT[name]] = self.loss.numbers.get(name, self.loss.options[name])
             self._take(logs, windows["train"].close(), "")
-        elif windows["eval"].sums is not None:
-            for prefix in [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]:
-                if f"{prefix}loss" in logs:
-                    self._take(logs, windows["eval"].close(), prefix)
+            return
+        for prefix in [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]:
+            if f"{prefix}loss" in logs:
+                self._take(logs, windows["eval"].close(), prefix)
 
-    def _take(self, logs: dict[str, float], values: dict[str, float], prefix: str) -> None:
-        skipped = values.get(SKIPPED, 0.0)
-        unlogged = {"loss", DISTANCE} | (set() if self.loss.non_finite == "skip" else {SKIPPED})
-        logs.update({f"{prefix}{name}": value for name, value in values.items() if name not in unlogged})
+    def _take(self, logs: dict[str, float], means: WindowMeans, prefix: str) -> None:
+        values = means.values
+        logs.update({f"{prefix}{name}": value for name, value in values.items() if name not in ("loss", DISTANCE)})
+        if self.loss.non_finite == "skip" and means.pairs + means.left_out:
+            logs[f"{prefix}{_SKIPPED}"] = means.left_out / (means.pairs + means.left_out)
         selects = logs.get("selection/ratio", 1.0) < 1
         if "rewards/margins" in values:
             seen = self.history.setdefault(prefix, [])
@@ -212,13 +221,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
             del seen[: -2 * patience]
             for kind in wrong_signs(seen, patience):
                 self._warn(kind, prefix)
-        if skipped:
+        if means.left_out:
             self._warn("non_finite", prefix)
         if selects and values.get("selection/tied_fraction", 0.0) > MOSTLY_TIED:
             self._warn("ties", prefix)
 
     def _warn(self, kind: str, prefix: str = "") -> None:
-        """Once in a run: in the attribute on every process, on the screen of the first."""
+        """Gives a warning once in a run: every process keeps it in `warnings`, the first one logs it."""
         if any(given["kind"] == kind for given in self.warnings):
             return
         step, message = self.trainer.state.global_step, SIGNS[kind].format(prefix=prefix)
@@ -230,10 +239,10 @@ class SelectionCallback(TrainerCallback, ExportableState):
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """`Trainer.predict` writes no log, but returns its metrics."""
-        self.add_statistics(metrics)
+        self.add_metrics(metrics)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draws the fixed pairs, once a step."""
+        """Draws the fixed pairs, once per step."""
         sets = [dataset for name, dataset in datasets_of(self.trainer) if name.startswith("eval")]
         if not self.picture_pairs or not sets or self._drawn_at == state.global_step:
             return
@@ -248,21 +257,17 @@ class SelectionCallback(TrainerCallback, ExportableState):
             write_picture(Path(args.output_dir) / "selection" / f"step-{state.global_step:06d}.svg", shown)
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
-        """What the loss says of these pairs now. Every process runs it: weights may be sharded."""
-        trainer, windows = self.trainer, self.loss.windows
+        """The losses of these pairs, and where they came from. Every process runs it: weights may be sharded."""
+        trainer = self.trainer
         labels = trainer._prepare_inputs(trainer.data_collator(rows))["labels"]
         model = _runnable(trainer)
         model.eval()
-        self.loss.windows = None  # not a part of the evaluation's statistics
-        try:
-            with torch.no_grad():
-                out, _ = self.loss.preferences(frozen_per_token_logps(model, labels), labels)
-        finally:
-            self.loss.windows = windows
+        with torch.no_grad(), self.loss.without_metrics():  # they are not a part of the evaluation
+            out, _ = self.loss.preferences(frozen_per_token_logps(model, labels), labels)
         return out, labels.places
 
 
-# --- the trainer from outside --------------------------------------------------------------------------------------
+# --- reaching into the trainer ---------------------------------------------------------------------------------------
 
 
 def _schedule(name: str, value: Schedule | Mapping[str, Any]) -> Schedule:
@@ -280,20 +285,20 @@ def _runnable(trainer: Any) -> Any:
     return trainer.model_wrapped if sharded else trainer.model
 
 
-def _let_logs_carry_statistics(trainer: Any) -> None:
+def _let_logs_carry_metrics(trainer: Any) -> None:
     """Everything that the Trainer logs goes through its `log`, before `log_history` and before any logger."""
     write = trainer.log
-    if hasattr(write, "carries_statistics"):
+    if hasattr(write, "carries_metrics"):
         return
 
     @functools.wraps(write)
     def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, SelectionCallback):
-                callback.add_statistics(logs)
+                callback.add_metrics(logs)
         write(logs, *args, **kwargs)
 
-    log.carries_statistics = True  # type: ignore[attr-defined]
+    log.carries_metrics = True  # type: ignore[attr-defined]
     trainer.log = log
 
 
@@ -301,8 +306,9 @@ def _calling_trainer() -> Trainer:
     """The Trainer that is calling a callback.
 
     transformers hands callbacks the model, the arguments and the state, but not the Trainer, whose collator and loss
-    have to be checked before training and whose `log` is the one place that every logger hears. Its methods are on the
-    stack, though.
+    have to be checked before training and whose `log` is the one place that all loggers get their numbers from. It is
+    found as the `self` of a method on the call stack: a convenience for ``Trainer(callbacks=[...])``; `attach` needs no
+    such search.
     """
     frame = sys._getframe(1)
     while frame is not None:

@@ -1,11 +1,12 @@
-"""Checks of a `Trainer` while it is being built: whatever would train wrongly, or stop late, stops there.
+"""Checks of a `Trainer` before its first step: what would train wrongly, or fail later, is an error here.
 
 In: the trainer with its loss, collator, arguments and data sets. Out: nothing, or an error that says what to change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +16,18 @@ from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
 from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs
-from selective_pref_adapters.models import check_token_ids, context_length
+from selective_pref_adapters.models import (
+    check_no_auxiliary_loss,
+    check_reloadable,
+    check_savable,
+    check_token_ids,
+    check_trainable,
+    context_length,
+)
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference
+
+logger = logging.getLogger(__name__)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -40,7 +50,7 @@ def check_trainer(trainer: Trainer) -> None:
         ),
         (
             args.n_gpu > 1,
-            f"DataParallel over {args.n_gpu} GPUs would tear pairs apart: start one process a GPU (torchrun "
+            f"DataParallel over {args.n_gpu} GPUs would tear pairs apart: start one process per GPU (torchrun "
             "--nproc_per_node), or show one GPU (CUDA_VISIBLE_DEVICES=0)",
         ),
         (
@@ -56,7 +66,7 @@ def check_trainer(trainer: Trainer) -> None:
         (args.use_liger_kernel, "use_liger_kernel replaces the forward that the fused head stands in: set it to False"),
         (
             trainer.compute_metrics is not None,
-            "compute_metrics gets two rows a pair, of which the Trainer cuts the wrong ones off: leave it out; the "
+            "compute_metrics gets two rows per pair, of which the Trainer cuts the wrong ones off: leave it out; the "
             "selection's metrics are logged at every evaluation",
         ),
         (
@@ -68,6 +78,22 @@ def check_trainer(trainer: Trainer) -> None:
         if wrong:
             raise ValueError(message)
     check_references(trainer)
+    check_policy(trainer)
+
+
+def check_policy(trainer: Trainer) -> None:
+    """Raises ValueError at a policy that would learn nothing, could not be saved, or lose a part of its loss."""
+    check_trainable(trainer.model)
+    check_no_auxiliary_loss(trainer.model)
+    for note in check_savable(trainer.model, trainer.processing_class):
+        logger.warning("%s", note)
+    if trainer.args.load_best_model_at_end:
+        check_reloadable(trainer, "load_best_model_at_end")
+
+
+def check_resumable(trainer: Trainer) -> None:
+    """Raises ValueError where the `Trainer` has not loaded all weights of the checkpoint that it goes on from."""
+    check_reloadable(trainer, "resume_from_checkpoint")
 
 
 def check_references(trainer: Trainer) -> None:
@@ -88,9 +114,11 @@ def check_references(trainer: Trainer) -> None:
         switched = isinstance(reference, AdapterOffReference)
         if reference.model is trainer.model and not switched:
             raise ValueError(
-                "the reference is the policy itself and would move with it: load a second copy (PEFT models may be "
-                "their own reference: their adapters are switched off)"
+                "the reference is the policy itself and would move with it: load a second copy (a PEFT model may be "
+                "its own reference, with its adapter switched off, if the adapter is trainable: is_trainable=True)"
             )
+        if isinstance(reference, AdapterOffReference):
+            reference.check()  # again: parameters may have been unfrozen since
         if switched and reference.model is not trainer.model:
             raise ValueError("the reference is another PEFT model, which could be trained: requires_grad_(False) it")
 
@@ -104,37 +132,44 @@ def check_schedules(loss: SelectivePreferenceLoss, schedules: Mapping[str, Sched
             loss.check(**{name: value})
 
 
-def check_rows(name: str, dataset: Any, collator: PreferenceCollator, model: Any, references: Sequence[Any]) -> None:
-    """Raises where a row is no pair, is longer or has other ids than a model can read, or is lacking in a store."""
+def check_rows(name: str, dataset: Any, collator: PreferenceCollator, models: Mapping[str, Any]) -> None:
+    """Raises where a row is no pair, is longer or has other ids than a model can read, or is not in a store."""
     pairs = collator.pairs(dataset, name)
     if not pairs:
         raise ValueError(f"{name} is empty")
     longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
-    models = {"policy": model, **{f"reference {n}": r.model for n, r in enumerate(references, start=1)}}
-    for who, its_model in models.items():
-        context = context_length(its_model)
+    for who, model in models.items():
+        context = context_length(model)
         if context is not None and longest > context:
             raise ValueError(
-                f"{name} holds {longest} tokens in one row, more than the {who} can read ({context}): set max_length"
+                f"{name} holds {longest} tokens in one row, more than the {who} can read ({context}): cut rows when "
+                "they are tokenised (max_length)"
             )
-    check_token_ids(highest, models, where=f"{name} holds ")
+    check_token_ids(highest, models, where=f"{name}: ")
     for store in collator.stores.values():
         store.check(pairs)
-    check_inputs(collator, [dataset[0]], model, references)
+    check_inputs(collator, dataset[0], models)
 
 
-def check_inputs(collator: PreferenceCollator, rows: Sequence[Any], model: Any, references: Sequence[Any]) -> None:
+def check_inputs(collator: PreferenceCollator, row: Any, models: Mapping[str, Any]) -> None:
     """Raises ValueError where a subclass's batch holds inputs that the policy would read and its reference not."""
-    batch = collator(rows)
+    policy, *references = models.values()
+    batch = collator([row])
     if collator.stores:
-        check_stored_inputs(model, batch)
-    lacking = [name for name in further_inputs(model, batch) if name not in batch["labels"]]
+        check_stored_inputs(policy, batch)
+    lacking = [name for name in further_inputs(policy, batch) if name not in batch["labels"]]
     if references and lacking:
         raise ValueError(
             f"the collator gives the model {', '.join(lacking)}, and the reference does not see it: put it into "
             "batch['labels'], too, from where the reference is asked"
         )
+
+
+def models_of(trainer: Trainer) -> dict[str, Any]:
+    """The policy and its references, named for error messages."""
+    references = trainer.compute_loss_func.references.values()
+    return {"policy": trainer.model, **{f"reference {n}": r.model for n, r in enumerate(references, start=1)}}
 
 
 def datasets_of(trainer: Trainer) -> list[tuple[str, Any]]:

@@ -4,8 +4,8 @@ In: pairs as token ids or as raw rows. Out: a padded batch whose `labels` hold a
 
 A `Trainer` hands a loss function the model's outputs and the batch's `labels`, nothing else, and expects the loss to be
 divided by a count that it takes from the labels of the whole accumulated batch, on all processes. `PreferenceLabels`
-is therefore a dict that counts as one item a pair: the sum of losses over that count is the mean over all pairs of an
-optimiser step, however they are split into micro-batches and processes.
+is therefore a dict that counts as one item per pair: the sum of losses over that count is the mean over all pairs of
+an optimiser step, however they are split into micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
-from selective_pref_adapters.models import pad_token_id
+from selective_pref_adapters.models import pad_token_id, usable_length
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, Truncation
 from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
 from selective_pref_adapters.reference_store.store import ReferenceStore
@@ -29,14 +29,15 @@ _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_l
 class PreferenceLabels(dict[str, Any]):
     """The `labels` of a batch: its three tensors [2B T+1], stored reference log-probs as bits, and the rows' places.
 
-    The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one a pair.
+    The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one per
+    pair.
     """
 
     def __getitem__(self, key: Any) -> Any:
         return self if isinstance(key, tuple) else super().__getitem__(key)
 
     def ne(self, _: int) -> Tensor:
-        """One True for each pair: bool [B]."""
+        """bool [B], all True. It stands in for ``labels.ne(-100)``, by which the `Trainer` counts items: B pairs."""
         return torch.ones(self.pairs, dtype=torch.bool, device=self["completion_mask"].device)
 
     @property
@@ -66,7 +67,8 @@ class PreferenceCollator:
 
     Attributes:
         tokenizer: the policy's.
-        max_length: tokens of prompt + completion of a raw row; None for what the model can read, at most 4096.
+        max_length: tokens of prompt + completion of a raw row; None for what policy and references can read, at most
+            the paper's 4096. `SelectionCallback` sets it, and refuses more than they can read.
         truncation_mode: of raw rows, as in `tokenize_pairs`.
         ref_store: where stored reference log-probs are looked up; None for a reference that runs beside the policy.
         scoring_ref_store: likewise of a reference that scores tokens (Eq. 6), where it is another than the anchor.
@@ -87,6 +89,14 @@ class PreferenceCollator:
                     f"{name} must be a ReferenceStore; got {type(store).__name__}: ReferenceStore.open(path)"
                 )
             store.check_tokenizer(self.tokenizer)
+
+    def set_max_length(self, models: Mapping[str, Any]) -> None:
+        """Sets `max_length` where it was left open, to what all models can read, at most the paper's 4096.
+
+        Raises:
+            ValueError: `max_length` is more than a model can read.
+        """
+        self.max_length = usable_length(self.max_length, models)
 
     @property
     def stores(self) -> dict[str, ReferenceStore]:

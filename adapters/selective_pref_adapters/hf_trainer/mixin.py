@@ -17,11 +17,11 @@ class SelectivePreferenceMixin:
 
     ``class MyTrainer(SelectivePreferenceMixin, SomeTrainer)`` then overrides whatever it likes. `compute_loss` may be
     overridden to add a term: ``super().compute_loss(...)`` is divided as the Trainer's other losses are, and `inputs`
-    holds `labels`. What is logged went through `log`, the selection's statistics included.
+    holds `labels`. An overridden `log` gets the selection's metrics, too.
 
     Args:
         preference_loss: the loss, with `ref_model` unless there is a store; default: Selective-DPO as in the paper.
-        selection_callback: schedules, patience, pictures; default: none of them, but statistics and warnings.
+        selection_callback: schedules, patience, pictures; default: none of them, but metrics and warnings.
         ref_store: stored reference log-probs, for the collator that is made where none is given.
         data_collator: a `PreferenceCollator`; default: one of `processing_class`, the tokenizer.
         callbacks, processing_class and all others: as `Trainer` takes them.

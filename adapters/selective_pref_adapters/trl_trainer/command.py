@@ -2,11 +2,13 @@
 
 The flags are those of `ScriptArguments`, `SelectiveDPOConfig`, `ModelConfig` and `DatasetMixtureConfig` together, read
 by `TrlParser`: names in a YAML file are the flags, flags given by hand win, and unknown names are errors. The recipes
-that come with this package may be named by their file name alone.
+in `recipes/dpo` may be named by their file name alone.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +27,9 @@ from trl import (
     get_quantization_config,
 )
 
+from selective_pref_adapters.recipes import config_file
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         description="DPO on the tokens that matter, with TRL's trainer. --config FILE.yaml reads these flags from a "
         "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
-    words = with_recipe(arguments)
+    words = with_config_file(parser, arguments)
     if "--deepspeed" in words and not torch.cuda.is_available():
         start_deepspeed_on_cpu()
     script, args, model, mixture = parser.parse_args_and_config(args=words)
@@ -87,27 +88,37 @@ def main(arguments: Sequence[str]) -> None:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
 
-def with_recipe(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--config NAME` as a path, and a DeepSpeed file that the YAML names found beside it.
+def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
+    """The arguments without `--config NAME`, whose settings become the parser's defaults, as `TrlParser` has them.
+
+    A file of DeepSpeed settings that the YAML file names is found beside it.
 
     Raises:
-        FileNotFoundError: neither a file of that name nor a recipe of this package.
+        FileNotFoundError: neither a file of that name nor a recipe of this command.
+        ValueError: the file is no mapping of options to values, or names an option that there is not.
     """
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words[:-1]:
         return words
-    place = words.index("--config") + 1
-    path = next((p for p in (Path(words[place]), RECIPES / words[place]) if p.is_file()), None)
-    if path is None:
-        shipped = ", ".join(sorted(p.name for p in RECIPES.glob("*.yaml")))
-        raise FileNotFoundError(
-            f"--config {words[place]}: no such file, nor one of the recipes that come with it ({shipped})"
-        )
-    words[place] = str(path)
+    place = words.index("--config")
+    path = config_file(words[place + 1], "dpo")
+    del words[place : place + 2]
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    beside = path.parent / str((settings or {}).get("deepspeed")) if isinstance(settings, dict) else path
+    if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
+        raise ValueError(f"{path} must hold 'name: value' lines ('env' holds such lines, too)")
+    os.environ.update({str(name): str(value) for name, value in settings.pop("env", {}).items()})
+    options = {action.dest: action for action in parser._actions}
+    for name, value in settings.items():
+        if name not in options:
+            near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+            meant = f": did you mean {near[0]!r}?" if near else "; --help lists them all"
+            raise ValueError(f"{path}: there is no option {name!r}{meant}")
+        if value is False and "no" in (options[name].choices or ()):
+            settings[name] = "no"  # YAML reads a bare `no` as False
+    beside = path.parent / str(settings.get("deepspeed"))
     if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
         words += ["--deepspeed", str(beside)]
+    parser.set_defaults_with_config(**settings)
     return words
 
 

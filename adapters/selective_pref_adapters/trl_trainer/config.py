@@ -13,18 +13,17 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import trl
-from datasets import Dataset
 from packaging.version import Version
-from transformers import ProcessorMixin, TrainingArguments
+from transformers import TrainingArguments
 from trl import DPOConfig
 
 from selective_pref import Objective, Response, ScoreFunction, alignment_scores, excess_loss_scores, selective_dpo_loss
 from selective_pref_adapters.objectives import Schedule, check_objective
-from selective_pref_adapters.pairs import check_same_tokenizer
+from selective_pref_adapters.options import SelectionOptions
 
 OLDEST_TRL, FIRST_UNTRIED_TRL = "1.14", "1.17"
 """The supported range: from the first, below the second."""
@@ -52,18 +51,16 @@ SCORES: dict[str, ScoreFunction] = {
     "excess_loss": excess_loss_scores,
     "random": random_scores,
 }
-"""The names that `scores` knows besides ``"module:function"``."""
+"""The names that `scores` may have besides ``"module:function"``."""
 
 
 @dataclass
-class SelectiveDPOConfig(DPOConfig):
-    """`DPOConfig` with the options of a selection. The defaults of β and the ratio are the paper's (§5.1).
+class SelectiveDPOConfig(SelectionOptions, DPOConfig):
+    """`DPOConfig` with the options of a selection: those of `SelectionOptions`, and the following.
 
     Attributes:
-        beta: strength of the pull towards the reference.
-        selection_ratio: share of each pool's tokens to keep, in (0, 1]; 1 is DPO.
-        selection_pool: which tokens compete: those of one response, of one pair, or of the micro-batch.
-        selection_ties: what happens to tokens that stand exactly on the threshold.
+        max_length: tokens of prompt + completion; None for what policy and reference can read, at most the paper's
+            4096 (the trainer then writes the number here). More than they can read is an error.
         selection_warmup_steps: optimiser steps over which the ratio falls from 1 (DPO) to `selection_ratio`.
             Evaluation always uses `selection_ratio`.
         scores: what tokens are selected by: "alignment" (Eq. 6), "excess_loss", "random", or "module:function" for a
@@ -75,13 +72,9 @@ class SelectiveDPOConfig(DPOConfig):
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
     """
 
-    beta: float = field(default=0.01, metadata={"help": "Strength of the pull towards the reference."})
-    selection_ratio: float = field(default=0.4, metadata={"help": "Share of each pool's tokens to keep; 1 is DPO."})
-    selection_pool: Literal["response", "pair", "batch"] = field(
-        default="response", metadata={"help": "Which tokens compete: of one response, pair or micro-batch."}
-    )
-    selection_ties: Literal["share", "first", "all"] = field(
-        default="share", metadata={"help": "What happens to tokens that stand exactly on the threshold."}
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of prompt + completion. Default: what all models can read, at most 4096."},
     )
     selection_warmup_steps: int = field(
         default=0, metadata={"help": "Optimiser steps over which the ratio falls from 1 to selection_ratio."}
@@ -226,76 +219,3 @@ def check_options(args: SelectiveDPOConfig) -> None:
 def default_of(option: dataclasses.Field[Any]) -> Any:
     """The default of a dataclass field."""
     return option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
-
-
-# --- what the trainer is given ---------------------------------------------------------------------------------------
-
-
-def check_arguments(args: Any, objective: Objective | None, processing_class: Any, datasets: list[Any]) -> None:
-    """Raises at what cannot work, before anything is loaded."""
-    if not isinstance(args, SelectiveDPOConfig):
-        raise TypeError(f"args must be a SelectiveDPOConfig, DPOConfig with a selection; got {type(args).__name__}")
-    check_options(args)  # again: options may have been set since
-    if objective is not None:
-        for name in _OF_THE_LOSS:
-            option = next(f for f in dataclasses.fields(args) if f.name == name)
-            if getattr(args, name) != default_of(option):
-                raise ValueError(f"{name} is not read beside objective=: bind it there, or leave objective out")
-    if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(_NO_VISION)
-    for dataset in datasets:
-        columns = getattr(dataset, "column_names", None) or []
-        if "image" in columns or "images" in columns:
-            raise ValueError(_NO_VISION)
-        if dataset is not None and (args.reference_store is not None or args.precompute_ref_log_probs):
-            check_stored_dataset("given", dataset)
-
-
-_OF_THE_LOSS = (
-    "beta",
-    "label_smoothing",
-    "selection_ratio",
-    "selection_pool",
-    "selection_ties",
-    "selection_warmup_steps",
-    "scores",
-)
-
-
-def check_stored_dataset(name: str, dataset: Any) -> None:
-    """Raises unless the data set can be read before training, as stored reference log-probs need."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"the {name} data set is a {type(dataset).__name__}: stored reference log-probs need one that is read "
-            "before training. Give a datasets.Dataset, or a ref_model and no store"
-        )
-
-
-_NO_VISION = (
-    "images are not supported: this trainer scores tokens of text. Use a text-only model, tokenizer and data set, or "
-    "TRL's DPOTrainer"
-)
-
-
-def check_models(policy: Any, reference: Any, tokenizer: Any, ref_tokenizer: Any) -> None:
-    """Raises unless policy and reference read the same text tokens."""
-    if hasattr(policy.config, "vision_config") or isinstance(tokenizer, ProcessorMixin):
-        raise ValueError(_NO_VISION)
-    if ref_tokenizer is not None:
-        check_same_tokenizer(tokenizer, ref_tokenizer)
-    if reference is None:
-        return
-    highest = max(tokenizer.get_vocab().values())
-    size = reference.config.get_text_config().vocab_size
-    if highest >= size:
-        raise ValueError(
-            f"token id {highest} of the policy's tokenizer is outside the reference's vocabulary of {size}: choose a "
-            "reference that shares the policy's tokenizer"
-        )
-
-
-def selects_by_alignment(args: SelectiveDPOConfig, objective: Objective | None) -> bool:
-    """Whether the loss keeps some tokens by the alignment score; of an own objective, whether it scores tokens."""
-    if objective is None:
-        return args.selection_ratio < 1 and args.scores == "alignment"
-    return check_objective(objective).chosen.scores is not None

@@ -9,52 +9,36 @@ reference's per-token log-probs come from: a frozen model, the policy with its a
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from trl import DPOTrainer
 
-from selective_pref import Objective, PreferenceLoss, diagnostics
-from selective_pref_adapters.batch import REF_LOGPS, Batch, from_bits, to_bits
-from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_logps_and_statistics
+from selective_pref import Objective, PreferenceLoss
+from selective_pref.fused import LogitStatistics
+from selective_pref_adapters.batch import Batch
+from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
-from selective_pref_adapters.models import is_sharded, same_weights
+from selective_pref_adapters.models import check_reloadable, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
+    MetricWindow,
+    evaluation_mean,
     finite_everywhere,
-    mean_over_pairs,
     non_finite_error,
+    own_pairs,
 )
 from selective_pref_adapters.objectives import loss_of_batch, needs_reference
-from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.reference_store.fill import fill_store
-from selective_pref_adapters.reference_store.identity import model_identity, reference_space
-from selective_pref_adapters.reference_store.store import ReferenceStore
-from selective_pref_adapters.trl_trainer.config import (
-    SelectiveDPOConfig,
-    check_arguments,
-    check_models,
-    check_stored_dataset,
-    selects_by_alignment,
-)
-
-from trl.trainer.utils import create_model_from_path, use_adapter  # isort: skip
+from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
+from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
+from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_STORE = Path(HF_HOME) / "selective_pref" / "reference_store"
-"""Where `precompute_ref_log_probs` keeps its results unless `reference_store` says otherwise."""
 
 
 class SelectiveDPOTrainer(DPOTrainer):
@@ -96,30 +80,27 @@ class SelectiveDPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
         self._custom_objective = objective
+        self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._checked = False
         check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
-        self._needs_reference = needs_reference(objective or args.objective())
-        self._stores = self._needs_reference and (args.reference_store is not None or args.precompute_ref_log_probs)
-        self._fills = self._stores and (args.precompute_ref_log_probs or ref_model is not None)
-        self._store: ReferenceStore | None = None
-        self._logged: dict[str, list[tuple[dict[str, Tensor], int]]] = defaultdict(list)
-        if ref_model is model and not isinstance(model, str):
-            raise ValueError("model and ref_model are the same object: leave ref_model out for the policy as it is now")
-        if not self._needs_reference and (ref_model is not None or args.reference_store is not None):
-            raise ValueError("this objective reads no reference: leave ref_model and reference_store out")
-
-        self._ref_tokenizer = None if ref_model is None else tokenizer_of(ref_model, args)
-        adapter = others.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
-        if ref_model is not None or (self._needs_reference and not adapter and not self._stores):
-            ref_model = load_reference(ref_model, model, args, others.get("quantization_config"))
-        self._scorer = ref_model if self._stores else None  # it never runs beside the policy
-
-        precompute = args.precompute_ref_log_probs
-        # TRL loads a reference of its own unless it is told that all has been computed: `_precompute_ref_logps` below.
-        args.precompute_ref_log_probs = self._stores or not self._needs_reference
-        try:
+        revision = (args.model_init_kwargs or {}).get("revision")
+        configs = {"policy": config_of(model, args, revision=revision)}
+        if ref_model is not None:
+            configs["reference"] = config_of(ref_model, args)
+        args.max_length = usable_length(args.max_length, configs)
+        self.reference = TrainerReference(
+            self,
+            args,
+            needed=needs_reference(objective or args.objective()),
+            policy=model,
+            ref_model=ref_model,
+            adapter=has_adapter(model, others.get("peft_config")),
+            quantization_config=others.get("quantization_config"),
+        )
+        with self.reference.loaded_by_us() as beside_policy:
             super().__init__(
                 model=model,
-                ref_model=None if self._stores else ref_model,
+                ref_model=beside_policy,
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
@@ -127,22 +108,23 @@ class SelectiveDPOTrainer(DPOTrainer):
                 processing_class=processing_class,
                 **others,
             )
-        finally:
-            args.precompute_ref_log_probs = precompute
-        check_models(self.model, ref_model, self.processing_class, self._ref_tokenizer)
-        if getattr(self, "aux_loss_enabled", False):
-            raise ValueError(
-                "this mixture of experts would add its load-balancing loss, which no objective here reads: set "
-                "router_aux_loss_coef=0.0"
-            )
+        self._check_once()
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True)
-        self.precompute_ref_logps = self._fills = self._stores and precompute  # rows that only an evaluation brings
-        if self._store is not None:
-            self.data_collator = WithStoredReference(collator=self.data_collator, store=self._store)
-            self.ref_model = self._scorer = self._scorer if precompute else None
-        if self.accelerator.is_main_process and self._is_self_referenced(ref_model):
+        self.precompute_ref_logps = self.reference.built()
+        selects = selects_by_alignment(args, objective)
+        if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
             logger.warning("%s", SELF_REFERENCE)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `DPOTrainer.train`.
+
+        Raises:
+            ValueError: a run is resumed whose checkpoints transformers' `Trainer` does not load back completely.
+        """
+        if resume_from_checkpoint:
+            check_reloadable(self, "resume_from_checkpoint")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -153,20 +135,24 @@ class SelectiveDPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a micro-batch; the seam between TRL and this library."""
+        """The mean loss of a micro-batch: the place where TRL's trainer calls this library.
+
+        In an evaluation on several processes, pairs that were repeated to fill up the last batch are not counted.
+        """
         logps, statistics = model_logps_and_statistics(model, inputs)
-        out = loss_of_batch(self.objective, inputs, logps, self._ref_logps(inputs))
+        ref_logps = self.reference.logps_of(inputs)
+        out = loss_of_batch(self.objective, inputs, logps, ref_logps)
         if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
             raise non_finite_error(out, f"step {self.state.global_step + 1}")
-        metrics = batch_metrics(inputs, out, statistics)
-        if self._custom_objective is None:
-            metrics["selection/ratio"] = out.losses.new_tensor(self.args.ratio(self._step))
-            metrics["selection/beta"] = out.losses.new_tensor(self.args.beta)
-        self._logged[self._mode].append((metrics, len(out.losses)))
+        pairs = len(out.losses)
+        own = pairs if self._mode == "train" else own_pairs(pairs)
+        self._add_metrics(inputs, out, logps, ref_logps, statistics, own)
+        counted = torch.arange(pairs, device=out.losses.device) < own
+        loss = out.loss if self._mode == "train" else evaluation_mean(out.losses, counted)
         if not return_outputs:
-            return out.loss
+            return loss
         with torch.no_grad():  # the logits that `compute_metrics` asks for were never made
-            return out.loss, model(**inputs_of(model, inputs))
+            return loss, model(**inputs_of(model, inputs))
 
     @property
     def objective(self) -> Objective:
@@ -177,78 +163,30 @@ class SelectiveDPOTrainer(DPOTrainer):
 
     @property
     def _step(self) -> int | None:
-        """The optimiser step, as far as the loss depends on it: an evaluation's does not."""
+        """The optimiser step in training; None in an evaluation, whose loss must not depend on it."""
         return self.state.global_step if self._mode == "train" else None
 
-    def _ref_logps(self, inputs: Batch) -> Tensor | None:
-        """The reference's log-probs of a batch [2B T], wherever they come from."""
-        if not self._needs_reference:
-            return None
-        if REF_LOGPS in inputs:
-            return from_bits(inputs[REF_LOGPS])
-        with self._reference() as reference:
-            return frozen_per_token_logps(reference, inputs)
+    # --- before the first step ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _reference(self) -> Iterator[Any]:
-        """The reference model; without one, the policy in evaluation mode, its adapter switched off or TRL's copy."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            if is_peft_model(self.model):
-                with use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None):
-                    yield self.model
-            else:
-                yield self.model
-        finally:
-            for module, training in modes.items():
-                module.training = training
-
-    # --- stored references -------------------------------------------------------------------------------------------
+    def _check_once(self) -> None:
+        """Checks the models that TRL has loaded, before a row is scored with them."""
+        if not self._checked:
+            check_built(self, self.reference.model, self.reference.tokenizer)
+            self.reference.check()
+            self._checked = True
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL's hook for one float a sequence. Here every token's log-prob is in the store afterwards, or it raises."""
-        if not self._stores:
+        """TRL's hook that computes one float per sequence; here every token's log-prob is in the store afterwards."""
+        if not self.reference.stored:
             return dataset
+        self._check_once()
         collator = getattr(self.data_collator, "collator", self.data_collator)
         pairs = pairs_of(dataset, collator, name)
         check_stored_inputs(self.model, collator([dataset[0]]))
-        if self._fills:
-            with self._reference() if self._scorer is None else nullcontext(self._scorer) as reference:
-                self._fill(reference, pairs, batch_size)
-        elif self._store is None:
-            self._use_store(ReferenceStore.open(self.args.reference_store, self.args.reference_space))
-        self._store.check(pairs)
+        store = self.reference.store_rows(pairs, batch_size)
+        if not isinstance(self.data_collator, WithStoredReference):
+            self.data_collator = WithStoredReference(collator=self.data_collator, store=store)
         return dataset
-
-    def _fill(self, reference: Any, pairs: list[TokenizedPair], batch_size: int) -> None:
-        """Scores what the store lacks, each process its share."""
-        if is_sharded(reference):
-            raise ValueError(
-                "under ZeRO-3 no process holds the whole reference, so it cannot fill a store: fill it first "
-                "(selective-pref score), and give reference_store without ref_model and precompute_ref_log_probs"
-            )
-        if not hasattr(reference, "hf_device_map"):
-            reference.to(self.accelerator.device)
-        if self._store is None:
-            tokenizer, label = self._ref_tokenizer or self.processing_class, reference.config._name_or_path
-            space = reference_space(reference, tokenizer, label=label or "reference")
-            self._use_store(ReferenceStore.create(self.args.reference_store or DEFAULT_STORE, space))
-        fill_store(
-            self._store,
-            pairs,
-            reference,
-            pad_token_id=self.processing_class.pad_token_id,
-            batch_tokens=2 * batch_size * (self.args.max_length or 1024),
-            progress=not self.args.disable_tqdm,
-        )
-
-    def _use_store(self, store: ReferenceStore) -> None:
-        store.check_tokenizer(self.processing_class)
-        self._store = store
 
     # --- what is logged ----------------------------------------------------------------------------------------------
 
@@ -256,155 +194,41 @@ class SelectiveDPOTrainer(DPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
+    def _add_metrics(
+        self,
+        inputs: Batch,
+        out: PreferenceLoss,
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        statistics: LogitStatistics,
+        own: int,
+    ) -> None:
+        """Adds a micro-batch to what is logged next: its first `own` pairs; others were seen before."""
+        pairs = len(out.losses)
+        if own < pairs:
+            rows = torch.arange(2 * pairs, device=logps.device) % pairs < max(own, 1)
+            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
+            statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})
+            out = loss_of_batch(self.objective, inputs, logps[rows], None if ref_logps is None else ref_logps[rows])
+        metrics = batch_metrics(inputs, out, statistics)
+        if self._custom_objective is None:
+            metrics["selection/ratio"] = out.losses.new_tensor(self.args.ratio(self._step))
+            metrics["selection/beta"] = out.losses.new_tensor(self.args.beta)
+        self._windows[self._mode].add(metrics, pairs=own)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log over all pairs of all processes, under TRL's names."""
         mode = self._mode
-        if batches := self._logged.pop(mode, []):
-            metrics, pairs = zip(*batches, strict=True)
-            means = mean_over_pairs(metrics, pairs)
-            total = self.accelerator.reduce(torch.tensor(sum(pairs), device=self.accelerator.device))
-            tokens = means.pop("tokens") * int(total)
+        means = self._windows[mode].close()
+        if means.pairs:
+            values = dict(means.values)
+            tokens = values.pop("tokens") * means.pairs
             if mode == "train":
                 self._total_train_tokens += round(tokens) // getattr(self, "_tp_size", 1)
-            for name, value in token_means(means).items():
+            for name, value in token_means(values).items():
                 self._metrics[mode][name].append(value)
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
-
-    def _is_self_referenced(self, reference: Any) -> bool:
-        """Whether tokens are selected by how far the policy is from its own start."""
-        if not self._needs_reference or not selects_by_alignment(self.args, self._custom_objective):
-            return False
-        if reference is not None:
-            return same_weights(self.model, reference)
-        if self._fills or self._store is None:
-            return True
-        return not is_sharded(self.model) and model_identity(self.model)["weights"] == self._store.space.identity.get(
-            "weights"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithStoredReference:
-    """A collator that adds the stored log-probs of a batch, as int32 bits: trainers cast floats, and leave integers."""
-
-    collator: Any
-    store: ReferenceStore
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The collated batch with `REF_LOGPS` [2B T]."""
-        batch = self.collator(examples)
-        return {**batch, REF_LOGPS: to_bits(self.store.lookup(batch))}
-
-
-def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
-    """The token ids of every row as the collator will cut them.
-
-    Raises:
-        ValueError: the data set cannot be read twice, or a completion is not the end of its row.
-    """
-    check_stored_dataset(name, dataset)
-    pairs = []
-    for number, example in enumerate(dataset):
-        batch = collator([example])
-        sides = []
-        for row in range(2):
-            attended = batch["attention_mask"][row] != 0
-            completion = batch["completion_mask"][row][attended] != 0
-            ids = batch["input_ids"][row][attended].tolist()
-            prompt_length = len(ids) - int(completion.sum())
-            if bool(completion[:prompt_length].any()):
-                raise ValueError(f"{name}, row {number}: only completions that end their row can be stored")
-            sides.append((ids, prompt_length))
-        (chosen_ids, chosen_prompt_length), (rejected_ids, rejected_prompt_length) = sides
-        pairs.append(
-            TokenizedPair(
-                chosen_ids=chosen_ids,
-                rejected_ids=rejected_ids,
-                chosen_prompt_length=chosen_prompt_length,
-                rejected_prompt_length=rejected_prompt_length,
-                place=f"{name}, row {number}",
-            )
-        )
-    return pairs
-
-
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def batch_metrics(inputs: Batch, out: PreferenceLoss, statistics: Any) -> dict[str, Tensor]:
-    """What a micro-batch adds to the log, 0-d: `diagnostics`, and per pair what `token_means` divides later."""
-    metrics = diagnostics(out)
-    del metrics["loss"]  # the trainer logs it
-    (chosen_logits, rejected_logits), (chosen_top1, _) = statistics.mean_logits.chunk(2), statistics.is_top1.chunk(2)
-    sums = {
-        "tokens": inputs["attention_mask"],
-        "chosen_tokens": out.chosen.mask,
-        "rejected_tokens": out.rejected.mask,
-        "entropy": statistics.entropy,
-        "chosen_logits": chosen_logits,
-        "rejected_logits": rejected_logits,
-        "chosen_top1": chosen_top1,
-    }
-    return metrics | {name: array.sum() / len(out.losses) for name, array in sums.items()}
-
-
-def token_means(means: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of `batch_metrics` with sums over tokens turned into means over tokens."""
-    means = dict(means)
-    chosen, rejected = means.pop("chosen_tokens"), means.pop("rejected_tokens")
-    parts = {
-        "entropy": (means.pop("entropy"), chosen + rejected),
-        "logits/chosen": (means.pop("chosen_logits"), chosen),
-        "logits/rejected": (means.pop("rejected_logits"), rejected),
-        "mean_token_accuracy": (means.pop("chosen_top1"), chosen),
-    }
-    return means | {name: total / count if count else 0.0 for name, (total, count) in parts.items()}
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def load_reference(reference: Any, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """The reference as a model that does not learn: itself, from its name, or the policy with its weights of now."""
-    if reference is None:
-        shards = not isinstance(policy, str) and is_sharded(policy)  # cannot be copied
-        reference = (
-            policy if isinstance(policy, str) else policy.config._name_or_path if shards else copy.deepcopy(policy)
-        )
-    if isinstance(reference, str):
-        reference = load_model(reference, policy, args, quantization_config)
-    if args.fused_head:
-        install_fused_head(reference, at_first_call=True)
-    return reference.eval().requires_grad_(False)
-
-
-def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """A reference from a folder or hub id, loaded as `DPOTrainer` loads the policy."""
-    options = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    if not isinstance(policy, str):
-        options.setdefault("dtype", policy.dtype)
-        options.setdefault("attn_implementation", policy.config._attn_implementation)
-    if name != policy:
-        options.pop("revision", None)  # the policy's
-    return create_model_from_path(name, **options)
-
-
-def tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:
-    """The reference's own tokenizer; None, with a word in the log, where there is none to compare."""
-    name = reference if isinstance(reference, str) else reference.config._name_or_path
-    if not name:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        logger.warning("no tokenizer with the reference %s, so it is not compared with the policy's: %s", name, error)
-        return None
 
 
 def _all_sets(datasets: Any) -> list[Any]:
