@@ -47,7 +47,12 @@ Scorer: TypeAlias = Callable[[Sequence[Row]], Iterable[Scored]]
 out."""
 
 BATCH_TOKENS = 16384
-_DECIDES_NOTHING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+_DECIDES_NOTHING = (
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),  # trainers set them to the tokenizer's
+    *("output_router_logits", "router_aux_loss_coef"),  # of the loss of experts, not of their log-probs
+)
+"""Names in a configuration, or in one nested in it, that change no log-prob of a given row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,9 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
             raise StoreError(f"a {type(config).__name__} puts virtual tokens before a row: it cannot be a reference")
-    config = {k: v for k, v in causal.config.to_dict().items() if k not in _DECIDES_NOTHING and not k.startswith("_")}
+    config = _deciding(causal.config.to_dict())
+    if first_positions := _first_positions(causal):
+        config["first_positions"] = first_positions
     weights, adapter = _digests_of_weights(model)
     return {
         "kind": "local model",
@@ -155,6 +162,19 @@ def _digests_of_weights(model: nn.Module) -> tuple[str, str]:
         elif not owner.disable_adapters and adapter in owner.active_adapters:
             _digest_tensor(added, name, tensor)
     return base.hexdigest(), added.hexdigest() if adds else "none"
+
+
+def _deciding(config: Any) -> Any:
+    """A configuration, and those nested in it, without what changes no log-prob."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _deciding(v) for k, v in config.items() if k not in _DECIDES_NOTHING and not str(k).startswith("_")}
+
+
+def _first_positions(model: nn.Module) -> dict[str, int]:
+    """The padding index of every table of positions: RoBERTa's family counts positions from its pad token's id."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return {n: t.padding_idx for n, t in tables.items() if "position" in n and t.padding_idx is not None}
 
 
 def _adapter_state(module: Any) -> dict[str, Any] | None:
@@ -409,7 +429,8 @@ def _check_readable(rows: Sequence[Row], model: Any) -> None:
         if context is not None and len(row.ids) > context:
             raise StoreError(
                 f"{row.place}: {len(row.ids)} tokens are more than the reference can read ({context}): truncate the "
-                "pairs to what both models can read (max_length), the same for scoring and for training"
+                f"pairs to what both models can read (max_length {context} or less), the same for scoring and for "
+                "training"
             )
         if int(row.ids.max()) >= vocabulary or int(row.ids.min()) < 0:
             raise StoreError(
