@@ -60,6 +60,7 @@ from selective_pref_adapters.spaces import (
     MANIFEST,
     Space,
     holds_rows,
+    own_vocabulary,
     read_fillings,
     read_manifest,
     read_spaces,
@@ -363,12 +364,12 @@ class ReferenceStore:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises unless every token of `tokenizer` has the same id in the reference's vocabulary.
 
-        A larger or padded vocabulary of the reference is fine.
+        A larger or padded vocabulary of the reference is fine, and so is a pad token behind all others.
 
         Raises:
             StoreError: names the first token that differs.
         """
-        difference = differing_token(tokenizer.get_vocab(), self.vocabulary)
+        difference = differing_token(own_vocabulary(tokenizer), self.vocabulary)
         if difference is not None:
             raise StoreError(
                 f"the stored reference {self.space.label!r} tokenizes differently: {difference}. Per-token log-probs "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -74,7 +76,7 @@ def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
     if config.url is not None:
         from selective_pref_adapters.served import steady
 
-        scorer = steady(store, rows, scorer, tell=partial(console.print, soft_wrap=True))
+        scorer = steady(store, rows, scorer, tell=partial(tqdm.write, file=sys.stderr))  # above the bar
     report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
     if rank == 0:
         if report.scored:

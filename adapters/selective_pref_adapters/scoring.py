@@ -35,7 +35,7 @@ from selective_pref_adapters.reference_cache import (
     StoreError,
     rows_of_pairs,
 )
-from selective_pref_adapters.spaces import digest_of_json, vocabulary_digest
+from selective_pref_adapters.spaces import digest_of_json, own_vocabulary, vocabulary_digest
 
 SCORING_VERSION = 1
 """Part of every reference's identity: raised whenever a change of this code changes the numbers it gives."""
@@ -113,7 +113,7 @@ def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "ref
         StoreError: weights are not here to be digested (sharded, or on the meta device), or the model prepends
             virtual tokens, so that its log-probs do not belong to the row's tokens.
     """
-    vocabulary = dict(tokenizer.get_vocab())
+    vocabulary = own_vocabulary(tokenizer)
     identity = {**model_identity(model), "vocabulary": vocabulary_digest(vocabulary)}
     return Space(identity=identity, vocabulary=vocabulary, label=label)
 

@@ -35,7 +35,7 @@ from selective_pref_adapters.scoring import (
 from selective_pref_adapters.served_answers import Texts, TryAgainError, ask
 from selective_pref_adapters.served_probe import check_server
 from selective_pref_adapters.server import Protocol, Server, ServerError
-from selective_pref_adapters.spaces import vocabulary_digest
+from selective_pref_adapters.spaces import own_vocabulary, vocabulary_digest
 
 __all__ = [
     "DRIFT",
@@ -66,7 +66,7 @@ def served_space(model: str, revision: str, tokenizer: Tokenizer) -> Space:
         revision: what changes whenever weights, adapters, dtype or quantisation of what is served there change.
         tokenizer: the served model's own.
     """
-    vocabulary = dict(tokenizer.get_vocab())
+    vocabulary = own_vocabulary(tokenizer)
     identity = {
         "kind": "served model",
         "scoring_version": SCORING_VERSION,

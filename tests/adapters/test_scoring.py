@@ -277,10 +277,16 @@ def test_a_pad_token_that_a_tokenizer_was_given_is_no_other_reference(
     given.config.pad_token_id, given.config.eos_token_id, given.config.bos_token_id = 3, [2, 3], None
     given.save_pretrained(tmp_path / "saved")
     under_lora = get_peft_model(loaded(tmp_path / "saved"), LoraConfig(r=2, target_modules=["q_proj"]))
+    padding = copy.deepcopy(tokenizer)
+    padding.add_special_tokens({"pad_token": "[PAD]"})
+    assert len(padding) == len(tokenizer) + 1
     with under_lora.disable_adapter():
-        for model in (given, loaded(tmp_path / "saved"), under_lora):
-            store = ReferenceStore.create(tmp_path / "store", reference_space(model, tokenizer))
+        for model, its in ((given, tokenizer), (loaded(tmp_path / "saved"), padding), (under_lora, padding)):
+            store = ReferenceStore.create(tmp_path / "store", reference_space(model, its))
             assert fill_store(store, pairs, model, pad_token_id=3, progress=False).scored == 0
+            store.check_tokenizer(its)
+    padding.eos_token = "[PAD]"  # stands in rows
+    assert reference_space(base, padding).name != space.name
     assert ReferenceStore.open(tmp_path / "store").space.identity == space.identity
 
 
