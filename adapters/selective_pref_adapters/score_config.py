@@ -49,8 +49,8 @@ class ScoreConfig:
     """Rows in one request."""
     timeout: float = 120.0
     """Seconds to wait for an answer."""
-    attempts: int = 14
-    """How often a row is asked for, after pauses of 1 to 30 s, before it is given up: 14 times take four minutes."""
+    attempts: int = 20
+    """How often a row is asked for, after pauses of 1 to 30 s, before it is given up: 20 times take seven minutes."""
     api_key_variable: str | None = None
     """Name of the environment variable that holds the server's API key (never the key itself)."""
     stat: bool = False

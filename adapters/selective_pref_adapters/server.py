@@ -40,8 +40,8 @@ class Server:
         concurrency: requests under way at once.
         rows_per_request: rows in one of them.
         timeout: seconds to wait for an answer.
-        attempts: how often a single row is asked for before it is given up. With the default pauses 14 attempts last
-            four and a half minutes, which a server that is started again needs to load its model.
+        attempts: how often a single row is asked for before it is given up. With the default pauses 20 attempts last
+            seven and a half minutes: a server that is started again needs some of them to load its model.
         pause: seconds before a single row is asked for again; doubled each time, up to 30.
         headers: sent with every request, as an API key is; white space around a value is taken off.
 
@@ -55,7 +55,7 @@ class Server:
     concurrency: int = 4
     rows_per_request: int = 8
     timeout: float = 120.0
-    attempts: int = 14
+    attempts: int = 20
     pause: float = 1.0
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: tuple[str, ...] = field(init=False, repr=False, compare=False)
