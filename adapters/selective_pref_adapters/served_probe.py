@@ -196,7 +196,7 @@ def _check_nothing_in_front(client: httpx2.Client, server: Server, row: Row, ids
     answers = choices_of(client, server, [[*ids[:-1], last] for last in (ids[-1], *others)])
     logps = np.array([echoed_logps(row, answer)[1 : len(ids)] for answer in answers], dtype=float)
     spread = logps.max(axis=0) - logps.min(axis=0)
-    if spread[-1] <= _SAME or (spread[:-1] > _SAME).any():
+    if spread[-1] <= _SAME or (spread[:-1] > 4 * _SAME).any():  # of single tokens, where _SAME is of a mean
         raise ServerError(
             f"{server.url} returns log-probs that are not those of the tokens that were sent: with another last token "
             f"they differ by {np.round(spread, 3).tolist()} nats, and should differ at the last place only. Does it "
