@@ -207,9 +207,8 @@ def make_store(tmp_path: Path, tokenizer: Any, revision: str = "1") -> Reference
 
 
 def settings(server: ModelServer, **options: Any) -> Server:
-    return Server(
-        **{"url": server.url, "model": "big", "pause": 0.01, "timeout": 20.0, "rows_per_request": 4, **options}
-    )
+    usual = {"url": server.url, "model": "big", "pause": 0.01, "attempts": 5, "timeout": 20.0, "rows_per_request": 4}
+    return Server(**{**usual, **options})
 
 
 def same(store: ReferenceStore, pairs: list[TokenizedPair], expected: torch.Tensor) -> bool:
@@ -585,7 +584,7 @@ def test_a_server_that_takes_texts_only_and_calls_everything_else_an_error_of_it
 def test_a_server_that_is_starting_is_waited_for(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor
 ) -> None:
-    served.fault = first(9, lambda *_: (500, "loading"))
+    served.fault = first(6, lambda *_: (500, "loading"))
     store = make_store(tmp_path, tokenizer)
     fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
     assert same(store, pairs, expected)
