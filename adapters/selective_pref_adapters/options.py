@@ -210,10 +210,10 @@ class ScoreConfig:
     """Rows in one request."""
     timeout: float = 120.0
     """Seconds to wait for an answer."""
-    attempts: int = 5
-    """How often a row is asked for before it is given up."""
+    attempts: int = 20
+    """How often a row is asked for, after pauses of 1 to 30 s, before it is given up: 20 times take seven minutes."""
     api_key_variable: str | None = None
-    """Environment variable that holds the server's API key."""
+    """Name of the environment variable that holds the server's API key (never the key itself)."""
     stat: bool = False
     """Only show what the store holds; with --pairs and --tokenizer or --ref-model, also how many rows it lacks."""
     verify: bool = False
@@ -223,8 +223,10 @@ class ScoreConfig:
     verify_seed: int = 0
     """Which ones are drawn."""
     verify_tolerance: float | None = None
-    """Largest difference in nats that passes. Default: 1e-3 for float32 on this machine, 0.5 for anything else."""
+    """Largest difference in nats that passes. Default: 1e-3 for float32 on this machine; else 0.5, and of a server
+    0.015 in the mean."""
     prune: bool = False
-    """Only tidy up: damage, copies and leftovers go, small files become large; with --pairs, other rows go, too."""
+    """Only tidy up: damage, copies, leftovers and references without rows go, small files become large; with --pairs,
+    other rows go, too."""
     space: str | None = None
     """Which reference --stat and --prune mean, by name or label. Default: all."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.models import context_length, load_model, load_tokenizer, pad_token_id
@@ -32,7 +35,8 @@ from selective_pref_adapters.reference_store.fill import (
     local_scores,
 )
 from selective_pref_adapters.reference_store.identity import reference_space
-from selective_pref_adapters.reference_store.spaces import read_spaces
+from selective_pref_adapters.reference_store.shards import writing
+from selective_pref_adapters.reference_store.spaces import empty_spaces, note_filling, read_spaces, remove_empty_spaces
 from selective_pref_adapters.reference_store.store import ReferenceStore, StoreError, prune, rows_of_pairs
 
 
@@ -70,9 +74,12 @@ def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
     if config.url is not None:
         from selective_pref_adapters.reference_store.served import steady
 
-        scorer = steady(store, rows, scorer)
+        scorer = steady(store, rows, scorer, tell=partial(tqdm.write, file=sys.stderr))  # above the bar
     report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
     if rank == 0:
+        if report.scored:
+            with writing(store.folder):
+                note_filling(store.folder, max_length_in_force(config, context), config.truncation_mode)
         print_report(Console(), config, store, len(pairs), report)
     return report
 
@@ -130,11 +137,7 @@ def served_reference(config: ScoreConfig) -> Reference:
         served_space,
     )
 
-    headers = {}
-    if config.api_key_variable is not None:
-        if config.api_key_variable not in os.environ:
-            raise ValueError(f"the environment variable {config.api_key_variable} is not set")
-        headers["Authorization"] = f"Bearer {os.environ[config.api_key_variable]}"
+    headers = {} if config.api_key_variable is None else {"Authorization": f"Bearer {api_key(config.api_key_variable)}"}
     server = Server(
         url=str(config.url),
         model=str(config.ref_model),
@@ -149,6 +152,19 @@ def served_reference(config: ScoreConfig) -> Reference:
     space = served_space(server.model, str(config.revision), tokenizer)
     store = ReferenceStore.create(config.store, space)
     return store, served_scorer(server, tokenizer), tokenizer, None
+
+
+def api_key(variable: str) -> str:
+    """The key that an environment variable holds. No error shows it, also where it stands in the variable's place."""
+    from selective_pref_adapters.reference_store.server import sendable
+
+    named = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "that --api-key-variable names"
+    if variable not in os.environ:
+        raise ValueError(f"the environment variable {named} is not set. The flag takes its name, not the key")
+    key = sendable(os.environ[variable], f"the key in the environment variable {named}")
+    if len(key.split()) > 1:
+        raise ValueError(f"the key in the environment variable {named} holds a blank, which no key has")
+    return key
 
 
 def load_frozen(config: ScoreConfig, name: str) -> torch.nn.Module:
@@ -182,13 +198,16 @@ def load_pairs(
 ) -> tuple[list[TokenizedPair], list[str]]:
     """(the pairs as token ids, what a reader should know about them)."""
     if config.max_length is not None and context is not None and config.max_length > context:
-        raise ValueError(f"max_length {config.max_length} is longer than the reference can read ({context} tokens)")
+        raise ValueError(
+            f"max_length {config.max_length} is longer than the reference can read ({context} tokens): give "
+            f"--max-length {context} or less, the same in training"
+        )
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
     rows = read_rows(str(config.pairs), malformed)
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
-        max_length=config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH),
+        max_length=max_length_in_force(config, context),
         truncation_mode=config.truncation_mode,
         keep_unteachable=True,  # who trains on them looks for them
         progress=progress,
@@ -199,17 +218,23 @@ def load_pairs(
     return pairs, notes
 
 
-def _pairs_without_reference(config: ScoreConfig) -> list[TokenizedPair] | None:
-    """The pairs where no model is loaded; None where none are named."""
+def max_length_in_force(config: ScoreConfig, context: int | None) -> int:
+    """How many tokens of a row are kept: as configured, else what the reference can read, at most 4096."""
+    return config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH)
+
+
+def _pairs_without_reference(config: ScoreConfig) -> tuple[list[TokenizedPair] | None, str]:
+    """(the pairs where no model is loaded, None where none are named; how they were cut)."""
     if config.pairs is None:
-        return None
+        return None, ""
     name = config.tokenizer or str(config.ref_model)
     context = config.max_length
     if context is None and config.ref_model is not None and Path(config.ref_model).is_dir():
         from transformers import AutoConfig
 
         context = context_length(AutoConfig.from_pretrained(config.ref_model))
-    return load_pairs(config, load_tokenizer(name), context)[0]
+    cut = f"max_length {max_length_in_force(config, context)} ({config.truncation_mode})"
+    return load_pairs(config, load_tokenizer(name), context)[0], cut
 
 
 # --- what a reader sees ----------------------------------------------------------------------------------------------
@@ -243,13 +268,22 @@ def verify(config: ScoreConfig, store: ReferenceStore, pairs: Sequence[Tokenized
             f"{summary}, most at {seen.worst}: more than {tolerance:g}. These rows were not given by this reference: "
             f"remove {store.folder} and score again"
         )
+    if config.url is not None and config.verify_tolerance is None:
+        from selective_pref_adapters.reference_store.served import DRIFT
+
+        if seen.mean_difference > DRIFT:
+            raise StoreError(
+                f"{summary}, more than {DRIFT} in the mean: another model is served there now, or the same in another "
+                "dtype. Give it another --revision"
+            )
     Console().print(summary, soft_wrap=True)
     return seen
 
 
 def show_stat(config: ScoreConfig, console: Console) -> None:
     """A table of the references of a store; with pairs, how many rows each lacks."""
-    pairs = _pairs_without_reference(config)
+    pairs, cut = _pairs_without_reference(config)
+    notes: list[str] = []
     names, unusable = _names_of_spaces(config)
     table = Table(title=config.store)
     columns = ["space", "reference", "rows", "log-probs", "MB", "shards", "damaged"]
@@ -262,16 +296,32 @@ def show_stat(config: ScoreConfig, console: Console) -> None:
             cells += [f"{stat.shards}", f"{len(stat.damaged)}"]
             if pairs is not None:
                 rows = {row.key: row for row in rows_of_pairs(pairs) if row.values}
-                cells.append(f"{len(store.missing_rows(rows.values()))} of {len(rows)}")
+                lacking = store.missing_rows(rows.values())
+                cells.append(f"{len(lacking)} of {len(rows)}")
+                if lacking:
+                    notes.append(f"{store.space.label}: {store.lengths(list(rows.values()))}")
             table.add_row(*cells)
     console.print(table)
+    if notes:
+        console.print(
+            f"These pairs were cut at {cut}. Rows are found only where that is what the store was filled with: give "
+            "the same --max-length and --truncation-mode to `score` and to training",
+            soft_wrap=True,
+        )
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if empty := empty_spaces(Path(config.store)):
+        console.print(
+            f"{len(empty)} without rows, left out: {', '.join(f.name[:8] for f in empty)}. --prune removes them",
+            soft_wrap=True,
+        )
     for name, reason in unusable.items():
         console.print(f"{name}: {reason}", soft_wrap=True)
 
 
 def prune_spaces(config: ScoreConfig, console: Console) -> None:
-    """Tidies up one space or all."""
-    pairs = _pairs_without_reference(config)
+    """Tidies up one space or all, and removes what then has no rows."""
+    pairs, _ = _pairs_without_reference(config)
     names, unusable = _names_of_spaces(config)
     for name in names:
         with ReferenceStore.open(config.store, name) as store:
@@ -284,6 +334,10 @@ def prune_spaces(config: ScoreConfig, console: Console) -> None:
             )
     for name, reason in unusable.items():
         console.print(f"{name}: left alone. {reason}", soft_wrap=True)
+    with writing(Path(config.store)):
+        removed = remove_empty_spaces(Path(config.store), None if config.space is None else names)
+    for name in removed:
+        console.print(f"{name[:8]}: removed, it held no rows", soft_wrap=True)
 
 
 def _names_of_spaces(config: ScoreConfig) -> tuple[list[str], dict[str, str]]:

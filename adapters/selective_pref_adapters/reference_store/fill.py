@@ -295,7 +295,8 @@ def _check_readable(rows: Sequence[Row], model: Any) -> None:
         if context is not None and len(row.ids) > context:
             raise StoreError(
                 f"{row.place}: {len(row.ids)} tokens are more than the reference can read ({context}): truncate the "
-                "pairs to what both models can read (max_length), the same for scoring and for training"
+                f"pairs to what both models can read (max_length {context} or less), the same for scoring and for "
+                "training"
             )
         if int(row.ids.max()) >= vocabulary or int(row.ids.min()) < 0:
             raise StoreError(

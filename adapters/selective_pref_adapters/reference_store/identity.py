@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from selective_pref_adapters.pairs import Tokenizer
 from selective_pref_adapters.reference_store.shards import StoreError
-from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, vocabulary_digest
+from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, own_vocabulary, vocabulary_digest
 
 SCORING_VERSION = 1
 """Part of every reference's identity: raised whenever a change of this code changes the numbers it gives."""
 
-_DECIDES_NOTHING = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+_DECIDES_NOTHING = (
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),  # trainers set them to the tokenizer's
+    *("output_router_logits", "router_aux_loss_coef"),  # of the loss of experts, not of their log-probs
+)
+"""Names in a configuration, or in one nested in it, that change no log-prob of a given row."""
 
 
 def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "reference") -> Space:
@@ -38,7 +43,7 @@ def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "ref
         StoreError: weights are not here to be digested (sharded, or on the meta device), or the model prepends
             virtual tokens, so that its log-probs do not belong to the row's tokens.
     """
-    vocabulary = dict(tokenizer.get_vocab())
+    vocabulary = own_vocabulary(tokenizer)
     identity = {**model_identity(model), "vocabulary": vocabulary_digest(vocabulary)}
     return Space(identity=identity, vocabulary=vocabulary, label=label)
 
@@ -49,7 +54,9 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
             raise StoreError(f"a {type(config).__name__} puts virtual tokens before a row: it cannot be a reference")
-    config = {k: v for k, v in causal.config.to_dict().items() if k not in _DECIDES_NOTHING and not k.startswith("_")}
+    config = _deciding(causal.config.to_dict())
+    if first_positions := _first_positions(causal):
+        config["first_positions"] = first_positions
     weights, adapter = _digests_of_weights(model)
     return {
         "kind": "local model",
@@ -85,6 +92,19 @@ def _digests_of_weights(model: nn.Module) -> tuple[str, str]:
         elif not owner.disable_adapters and adapter in owner.active_adapters:
             _digest_tensor(added, name, tensor)
     return base.hexdigest(), added.hexdigest() if adds else "none"
+
+
+def _deciding(config: Any) -> Any:
+    """A configuration, and those nested in it, without what changes no log-prob."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _deciding(v) for k, v in config.items() if k not in _DECIDES_NOTHING and not str(k).startswith("_")}
+
+
+def _first_positions(model: nn.Module) -> dict[str, int]:
+    """The padding index of every table of positions: RoBERTa's family counts positions from its pad token's id."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return {n: t.padding_idx for n, t in tables.items() if "position" in n and t.padding_idx is not None}
 
 
 def _adapter_state(module: Any) -> dict[str, Any] | None:

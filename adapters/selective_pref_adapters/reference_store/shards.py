@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from selective_pref_adapters.files import existing
+
 FORMAT = 1
 """Version of the files; another one is not read."""
 
 KEY_BYTES = 16
 SUFFIX = ".safetensors"
 _CHECK_BYTES = 8
+_ABANDONED_AFTER_SECONDS = 3600  # a file that is being written is younger
 _INDEX = ("keys", "offsets", "checksums")
 _ABOUT = "selective-pref reference log-probs"
 
@@ -180,11 +184,20 @@ def _checksum(key: bytes, raw: bytes) -> bytes:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises StoreWriteError where nothing can be written."""
+    """Raises StoreWriteError where nothing can be written, or the folder cannot be made; leaves nothing behind."""
     with writing(folder):
-        probe = folder / f".{secrets.token_hex(8)}.tmp"
+        probe = existing(folder) / f".{secrets.token_hex(8)}.tmp"
         probe.touch(exist_ok=False)
         probe.unlink()
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file was written aside and is old enough to have no writer any more."""
+    try:
+        aside = path.name.startswith(".") and path.suffix == ".tmp"
+        return aside and time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS
+    except FileNotFoundError:
+        return False  # it has its own name now
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Whose log-probs are stored: the identity of a reference, and the two files in its folder that say it.
+"""Whose log-probs are stored: the identity of a reference, and the files in its folder that say it.
 
 In: a reference's identity (names and values that decide the numbers it gives) and its tokenizer's vocabulary. Out: a
 `Space`, and its folder's `manifest.json` and `vocabulary.json.gz`. The folder's name is the digest of the identity, the
-identity names the digest of the vocabulary: what does not fit is not believed.
+identity names the digest of the vocabulary: what does not fit is not believed. A space is made with its first row; a
+folder without rows, as an interrupted run may leave it, counts as none.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.reference_store.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError
+from selective_pref_adapters.reference_store.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError, is_abandoned
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json.gz"
+FILLINGS = "fillings.json"
 FILL = " Fill it: selective-pref score --ref-model MODEL --pairs PAIRS --store STORE"
 _AGAIN = "`selective-pref score` with the same reference writes it again and keeps what is stored"
 
@@ -56,6 +59,19 @@ def space_name(identity: Mapping[str, Any], version: int) -> str:
     return digest_of_json([version, identity])
 
 
+def own_vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Token → id of a tokenizer, without a pad token that it was given behind all others.
+
+    No row that is scored holds it, so a reference is the same one with it and without.
+    """
+    vocabulary = dict(tokenizer.get_vocab())
+    pad = getattr(tokenizer, "pad_token", None)
+    others = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token")]
+    if pad in vocabulary and pad not in others and vocabulary[pad] == max(vocabulary.values()):
+        del vocabulary[pad]
+    return vocabulary
+
+
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
     """The digest of every token and its id: 32 hexadecimal digits."""
     return digest_of_json(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
@@ -70,6 +86,8 @@ def digest_of_json(value: Any) -> str:
 def read_spaces(path: Path) -> tuple[list[Space], dict[str, str]]:
     """(the spaces of a store in order of their labels, folder → reason of those that cannot be used).
 
+    Folders without a shard are left out: `empty_spaces` finds them.
+
     Raises:
         StoreError: `path` is no folder.
     """
@@ -78,13 +96,45 @@ def read_spaces(path: Path) -> tuple[list[Space], dict[str, str]]:
     found: list[Space] = []
     unusable: dict[str, str] = {}
     for folder in sorted(path.iterdir()):
-        if not (folder / MANIFEST).is_file() and not any(folder.glob(f"*{SUFFIX}")):
-            continue  # nothing of ours
+        if not holds_rows(folder):
+            continue
         try:
             found.append(read_manifest(folder))
         except StoreError as error:
             unusable[folder.name] = str(error)
     return sorted(found, key=lambda space: (space.label, space.name)), unusable
+
+
+def holds_rows(folder: Path) -> bool:
+    """Whether a folder has a shard in it."""
+    return folder.is_dir() and any(folder.glob(f"*{SUFFIX}"))
+
+
+def empty_spaces(path: Path) -> list[Path]:
+    """The folders of a store that name a reference and hold no row of it, nor anything else that somebody may miss."""
+    return [folder for folder in sorted(path.iterdir()) if _is_empty(folder)]
+
+
+def remove_empty_spaces(path: Path, only: Collection[str] | None = None) -> list[str]:
+    """Removes those, or those of them that `only` names; returns their names.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    removed: list[str] = []
+    for folder in empty_spaces(path):
+        if only is None or folder.name in only:
+            for file in folder.iterdir():
+                file.unlink(missing_ok=True)
+            folder.rmdir()
+            removed.append(folder.name)
+    return removed
+
+
+def _is_empty(folder: Path) -> bool:
+    if not re.fullmatch(r"[0-9a-f]{32}", folder.name) or not folder.is_dir():
+        return False
+    return all(file.name in (FILLINGS, VOCABULARY, MANIFEST) or is_abandoned(file) for file in folder.iterdir())
 
 
 def write_space(folder: Path, space: Space) -> None:
@@ -97,6 +147,27 @@ def write_space(folder: Path, space: Space) -> None:
     write_whole(folder / VOCABULARY, gzip.compress(tokens, mtime=0))
     manifest = {"format": FORMAT, "label": space.label, "identity": space.identity}
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode("ascii"))
+
+
+def note_filling(folder: Path, max_length: int, truncation_mode: str) -> None:
+    """Notes how the rows that were scored into a space were cut, so that an error about a lacking row can say it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    filling = {"max_length": max_length, "truncation_mode": truncation_mode}
+    noted = read_fillings(folder)
+    if filling not in noted:
+        write_whole(folder / FILLINGS, json.dumps([*noted, filling]) + "\n")
+
+
+def read_fillings(folder: Path) -> list[dict[str, Any]]:
+    """What was noted; empty where nothing was, or where it cannot be read: no row depends on it."""
+    try:
+        noted = json.loads((folder / FILLINGS).read_bytes())
+        return [{"max_length": int(n["max_length"]), "truncation_mode": str(n["truncation_mode"])} for n in noted]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def read_manifest(folder: Path) -> Space:

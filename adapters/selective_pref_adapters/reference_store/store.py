@@ -4,9 +4,10 @@ In: rows (token ids, completion mask) with the float32 log-probs that a referenc
 the same numbers for any batch that holds those rows, however it is ordered, padded or split.
 
     STORE/                      a folder; one sub-folder, a *space*, for each reference
-      3f0c…/                    named by the digest of the reference's identity (`Space`)
+      3f0c…/                    named by the digest of the reference's identity (`Space`); made with its first row
         manifest.json           that identity, for people
         vocabulary.json.gz      its tokenizer's tokens
+        fillings.json           how long the rows that were scored might be, for error messages
         9a41….safetensors       shards: keys, offsets, checksums and values of rows
 
 A row's key is the digest of its attended token ids and its completion mask. β, ratio, seed, batch size, order, output
@@ -50,6 +51,7 @@ from selective_pref_adapters.reference_store.shards import (
     StoreError,
     StoreWriteError,
     check_writable,
+    is_abandoned,
     shard_bytes,
     writing,
 )
@@ -57,6 +59,9 @@ from selective_pref_adapters.reference_store.spaces import (
     FILL,
     MANIFEST,
     Space,
+    holds_rows,
+    own_vocabulary,
+    read_fillings,
     read_manifest,
     read_spaces,
     read_vocabulary,
@@ -87,7 +92,6 @@ FLUSH_SECONDS = 30.0
 """How long a row may wait to be written: what a kill costs at most."""
 
 _OPEN_FILES = 128
-_ABANDONED_AFTER_SECONDS = 3600  # a file that is being written is younger
 
 
 class MissingRowsError(StoreError):
@@ -166,7 +170,7 @@ class StoreStat:
 
 
 class ReferenceStore:
-    """The rows of one reference, one space of a store. `open` reads it; `create` makes it where it is absent.
+    """The rows of one reference, one space of a store. `open` reads it; `create` is for who writes the first row, too.
 
     Reading needs no right to write, and works in forked and spawned data-loader workers. A row that another process
     writes later is found: a miss looks at the folder again before it counts.
@@ -191,6 +195,8 @@ class ReferenceStore:
     def open(cls, path: str | Path, space: str | None = None) -> ReferenceStore:
         """The space of that name (a unique beginning of it, or a unique label) in the store at `path`.
 
+        A space without rows, as a run leaves it that was interrupted before its first, counts as none.
+
         Args:
             path: the store's folder.
             space: None where the store holds exactly one.
@@ -211,25 +217,40 @@ class ReferenceStore:
         if not listed:
             raise StoreError(f"the reference store {path} is empty.{FILL}")
         wanted = "Give the name of one as space" if space is None else f"None of them alone fits {space!r}"
+        if differ := _differences(fits):
+            wanted += f" (they differ in {differ})"
         raise StoreError(f"the reference store {path} holds{listed}\n{wanted}")
 
     @classmethod
     def create(cls, path: str | Path, space: Space) -> ReferenceStore:
-        """The space in the store at `path`, made if it is absent; its manifest is written again if it is damaged.
+        """The space in the store at `path`. If it is absent it is made with its first row, and until then there is
+        nothing of it on the disk; a manifest that is damaged is written again.
 
         Raises:
             StoreWriteError: the folder cannot be written to.
         """
         folder = Path(path) / space.name
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        if not holds_rows(folder):
+            check_writable(folder)
+            return cls(folder, space)
+        store = cls(folder, space)
+        store.write_identity()
+        return store
+
+    def write_identity(self) -> None:
+        """Makes the folder and the files that say whose rows are in it, unless they are there and whole.
+
+        Raises:
+            StoreWriteError: they cannot be written.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                read_vocabulary(folder, read_manifest(folder))
+                read_vocabulary(self.folder, read_manifest(self.folder))
             except DamagedStoreError:
-                if space.vocabulary is None:
+                if self.space.vocabulary is None:
                     raise
-                write_space(folder, space)
-        return cls(folder, space)
+                write_space(self.folder, self.space)
 
     def refresh(self) -> int:
         """Takes in shards that were written since; returns how many.
@@ -243,6 +264,8 @@ class ReferenceStore:
                 try:
                     with os.scandir(self.folder) as entries:
                         names = sorted(entry.name for entry in entries if entry.name.endswith(SUFFIX))
+                except FileNotFoundError:
+                    names = []  # no row was written yet
                 except OSError as error:
                     raise StoreError(f"the space {self.folder} cannot be read: {error.strerror}") from error
                 lost = {name for name in names if not self._take(name)} - gone
@@ -296,9 +319,7 @@ class ReferenceStore:
         found = self.values_of(rows)
         lacking = [number for number, values in enumerate(found) if values is None]
         if lacking:
-            raise MissingRowsError(
-                self._lacking(len(lacking), len(rows), [f"row {n} ({_shown(rows[n])})" for n in lacking])
-            )
+            raise MissingRowsError(self._lacking(len(lacking), rows, [f"row {n} ({_shown(rows[n])})" for n in lacking]))
         out = np.zeros((ids.shape[0], max(ids.shape[1] - 1, 0)), dtype=np.float32)
         for number, (row, values) in enumerate(zip(rows, found, strict=True)):
             out[number, places[number][1:][row.mask[1:]] - 1] = values
@@ -337,17 +358,18 @@ class ReferenceStore:
         """Raises MissingRowsError unless both sides of every pair are stored: ask before the first step."""
         lacking = self.missing(pairs)
         if lacking:
-            raise MissingRowsError(self._lacking(len(lacking), len(pairs), [pair.place for pair in lacking], "pairs"))
+            rows = rows_of_pairs(pairs)
+            raise MissingRowsError(self._lacking(len(lacking), rows, [pair.place for pair in lacking], "pairs"))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises unless every token of `tokenizer` has the same id in the reference's vocabulary.
 
-        A larger or padded vocabulary of the reference is fine.
+        A larger or padded vocabulary of the reference is fine, and so is a pad token behind all others.
 
         Raises:
             StoreError: names the first token that differs.
         """
-        difference = differing_token(tokenizer.get_vocab(), self.vocabulary)
+        difference = differing_token(own_vocabulary(tokenizer), self.vocabulary)
         if difference is not None:
             raise StoreError(
                 f"the stored reference {self.space.label!r} tokenizes differently: {difference}. Per-token log-probs "
@@ -437,14 +459,33 @@ class ReferenceStore:
             logger.warning("shard %s of %s is damaged: %s. What it lost counts as missing", name, self.folder, reason)
         self.damaged[name] = reason
 
-    def _lacking(self, count: int, total: int, names: list[str], kind: str = "rows") -> str:
+    def _lacking(self, count: int, rows: Sequence[Row], names: list[str], kind: str = "rows") -> str:
+        total = len(rows) // 2 if kind == "pairs" else len(rows)
         shown = "; ".join(names[:3]) + (f"; and {count - 3} more" if count > 3 else "")
         damage = f" Damaged shards: {', '.join(self.damaged)}." if self.damaged else ""
         return (
             f"{count} of {total} {kind} are not in the store {self.folder} (reference {self.space.label!r}): {shown}."
-            f"{damage} A row is found by its exact token ids and completion mask: truncation, template and tokenizer "
-            f"must be those that the store was filled with.{FILL}"
+            f"{damage} {self.lengths(rows)} A row is found by its exact token ids and completion mask: max_length, "
+            f"truncation, template and tokenizer must be those that the store was filled with.{FILL} --max-length N "
+            "--truncation-mode MODE, as in training"
         )
+
+    def lengths(self, rows: Sequence[Row]) -> str:
+        """Two sentences that let a reader see whether rows are lacking because they were cut at other lengths."""
+        lengths = [len(row.ids) for row in rows]
+        longest = max(lengths, default=0)
+        alike = lengths.count(longest)
+        said = f"The longest row that was asked for has {longest} tokens."
+        if alike > 1:
+            said = f"{alike} rows that were asked for have {longest} tokens and none has more: is max_length {longest}?"
+        fillings = [f"max_length {n['max_length']} ({n['truncation_mode']})" for n in read_fillings(self.folder)]
+        return f"{said} The store was filled with {' and '.join(fillings)}." if fillings else said
+
+
+def _differences(found: Sequence[Space]) -> str:
+    """The names in the identities of spaces whose values are not the same in all of them."""
+    names = sorted({name for space in found for name in space.identity})
+    return ", ".join(n for n in names if any(s.identity.get(n) != found[0].identity.get(n) for s in found))
 
 
 def _shown(row: Row) -> str:
@@ -509,6 +550,8 @@ class StoreWriter:
         if not self._rows:
             return
         name, data = shard_bytes(self._rows, self.store.space.name)
+        if not self.shards:
+            self.store.write_identity()
         with writing(self.store.folder):
             write_whole(self.store.folder / name, data)
         self.shards.add(self.store.folder / name)
@@ -568,7 +611,7 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
             writer.add_values(key, values)
     writer.flush()
     with writing(store.folder):
-        abandoned = [path for path in store.folder.glob(".*.tmp") if _abandoned(path)]
+        abandoned = [path for path in store.folder.iterdir() if is_abandoned(path)]
         for path in {*old, *abandoned} - writer.shards:
             path.unlink(missing_ok=True)
         sync(store.folder)
@@ -581,11 +624,3 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
         shards_before=before.shards,
         bytes_before=before.bytes,
     )
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether a file that was written aside is old enough to have no writer any more."""
-    try:
-        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS
-    except FileNotFoundError:
-        return False  # it has its own name now
