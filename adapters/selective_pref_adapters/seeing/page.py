@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -20,8 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from selective_pref import PreferenceLoss, __version__
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.seeing.shown import ShownPair, ShownResponse, finite, implied_beta, shown_pairs
-from selective_pref_adapters.seeing.tokens import printable
+from selective_pref_adapters.seeing.shown import ShownPair, ShownResponse, finite, implied_beta, scores_of, shown_pairs
+from selective_pref_adapters.seeing.tokens import DARK, LIGHT, printable, score_scale
 
 RULES = (
     ("read", "as the loss read them"),
@@ -105,7 +104,7 @@ def page_of_pairs(
         figures: each with `svg`, markup that is put in as it is, and `caption`.
         tables: each with `caption`, `head` and `rows`.
     """
-    scale = score_scale(side for pair in pairs for _, side in pair.sides)
+    scale = score_scale(scores_of(pairs))
     special = {
         token
         for pair in pairs
@@ -136,33 +135,8 @@ def page_of_pairs(
         figures=figures,
         tables=tables,
         payload=script_json(payload),
-        version=__version__,
     )
     return SelectionPage(html)
-
-
-def score_scale(sides: Iterable[ShownResponse]) -> float | None:
-    """The size of a score, in nats, that gets the strongest tint: 98 % of the scores are not larger.
-
-    None where there are no scores; 1 where all are 0.
-    """
-    sizes = sorted(
-        abs(score)
-        for side in sides
-        if side.scores is not None
-        for score, counts in zip(side.scores, side.counts, strict=True)
-        if counts and math.isfinite(score)
-    )
-    if not sizes:
-        return None
-    largest = sizes[min(len(sizes) - 1, int(0.98 * len(sizes)))] or sizes[-1]
-    return float(f"{largest:.3g}") or 1.0
-
-
-def tint(score: float, scale: float) -> int:
-    """−4 … 4, the step of the colour scale for a score; steps grow with the square of the score's share of `scale`."""
-    size = math.ceil(4 * math.sqrt(min(1.0, abs(score) / scale)) - 0.5)
-    return int(math.copysign(min(4, max(0, size)), score)) if size > 0 else 0
 
 
 @cache
@@ -170,7 +144,7 @@ def template(name: str) -> Any:
     """A template of this package, with escaping on."""
     return Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    ).get_template(name)
+    ).get_template(name, globals={"light": LIGHT, "dark": DARK, "version": __version__})
 
 
 def script_json(value: Any) -> str:

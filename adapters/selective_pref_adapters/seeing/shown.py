@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -186,6 +186,14 @@ def shown_pairs(
         )
 
     return [pair(number) for number in range(len(losses))]
+
+
+def scores_of(pairs: Iterable[ShownPair]) -> Iterator[float]:
+    """Every score of a token that counts."""
+    for pair in pairs:
+        for _, side in pair.sides:
+            if side.scores is not None:
+                yield from (score for score, counts in zip(side.scores, side.counts, strict=True) if counts)
 
 
 def implied_beta(pairs: Sequence[ShownPair]) -> float | None:

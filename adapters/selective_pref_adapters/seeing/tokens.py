@@ -1,14 +1,21 @@
-"""Token ids → the text that each token adds, and text that is safe and visible in any picture.
+"""How a token looks: the text that it adds, and the colour of its score.
 
-In: ids and a tokenizer. Out: one text for each token; together they are the decoded whole. A token that holds only a
-part of a character (bytes of an emoji, say) adds no text; the character stands at the token that completes it.
+In: ids and a tokenizer; scores. Out: one text for each token, which together are the decoded whole, and a step of a
+colour scale. A token that holds only a part of a character (bytes of an emoji, say) adds no text; the character stands
+at the token that completes it.
 """
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+LIGHT = ("#78abdd", "#a3c7ea", "#cbdff3", "#e9f1fa", "#ffffff", "#fdefdd", "#fbd8ae", "#f6b671", "#ea9338")
+"""Colours of the steps −4 … 4 on white paper: blue to orange, which every common colour blindness tells apart."""
+DARK = ("#295d97", "#234a75", "#20374f", "#1d2937", "#191c21", "#34291c", "#513a1c", "#6f4914", "#8d590b")
+"""Likewise on a dark screen, under light text."""
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are no character yet
 _LONGEST = 4  # bytes of a character in UTF-8, so tokens that one may be spread over
@@ -65,6 +72,29 @@ class TokenTexts:
         if key not in self._decoded:
             self._decoded[key] = self.text(key) if key else ""
         return self._decoded[key]
+
+
+def score_scale(scores: Iterable[float]) -> float | None:
+    """The size of a score, in nats, that gets the strongest colour: 98 % of the finite scores are not larger.
+
+    None where there are none; 1 where all are 0.
+    """
+    sizes = sorted(abs(score) for score in scores if math.isfinite(score))
+    if not sizes:
+        return None
+    largest = sizes[min(len(sizes) - 1, int(0.98 * len(sizes)))] or sizes[-1]
+    return float(f"{largest:.3g}") or 1.0
+
+
+def tint(score: float, scale: float) -> int:
+    """The step of the colour scale, −4 … 4: four times the root of the score's share of `scale`, rounded.
+
+    The root tells small scores apart, which most are. NaN has step 0.
+    """
+    if math.isnan(score):
+        return 0
+    size = math.ceil(4 * math.sqrt(min(1.0, abs(score) / scale)) - 0.5)
+    return int(math.copysign(min(4, max(0, size)), score))
 
 
 def printable(text: str) -> str:

@@ -130,18 +130,18 @@ const tokenClass = (side, i) => {
   if (!counting(side, i)) return "t x";
   const weight = side.weights[i];
   const line = weight >= 1 ? " k" : weight > 0 ? " f" : "";
-  return `t token${line}${tint(side, i)}${special.has(side.ids[i]) ? " s" : ""}`;
+  return `t token${line}${tint(side, i)}${special.has(side.ids[i]) ? " s" : ""}${side.texts[i] === "" ? " b" : ""}`;
 };
-const shownText = (text) => (text === "" ? "·" : text);
 
 const drawTokens = (side) => {
   const box = side.box, fragment = document.createDocumentFragment();
   for (let i = 0; i < side.length; i++) {
-    const token = make("span", tokenClass(side, i), shownText(side.texts[i]));
+    const token = make("span", tokenClass(side, i), side.texts[i]);
     if (counting(side, i)) {
       token.dataset.i = i;
       token.dataset.w = side.weights[i];
       token.tabIndex = -1;
+      if (side.texts[i] === "") token.setAttribute("aria-label", "part of the next character");
       token.setAttribute("role", "option");
       token.setAttribute("aria-selected", side.weights[i] > 0);
     }
