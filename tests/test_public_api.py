@@ -135,7 +135,7 @@ def test_imports_of_the_core_point_one_way() -> None:
 
 
 ROOMS = {"batch", "pairs", "heads", "objectives", "monitoring", "reference_cache", "scoring", "train_config"}
-ROOMS |= {"files", "selection_picture", "checkpoints", "sampling", "run_log"}
+ROOMS |= {"files", "seeing.pictures", "checkpoints", "sampling", "run_log"}
 
 
 @pytest.mark.parametrize("adapter", ["hf_", "trl_", "deepspeed_loop"])

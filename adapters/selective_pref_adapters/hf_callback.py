@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, variance
 from typing import Any
 
 import torch
@@ -26,31 +25,11 @@ from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_
 from selective_pref_adapters.hf_checks import check_rows, check_schedules, check_trainer, context_of, datasets_of
 from selective_pref_adapters.hf_collator import MAX_LENGTH
 from selective_pref_adapters.hf_loss import DISTANCE, SKIPPED, SelectivePreferenceLoss, Window
-from selective_pref_adapters.monitoring import SELF_REFERENCE, mean_over_pairs, same_weights
+from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, mean_over_pairs, same_weights, wrong_signs
 from selective_pref_adapters.objectives import Schedule
-from selective_pref_adapters.selection_picture import picture_rows, write_picture
+from selective_pref_adapters.seeing.pictures import write_selection
 
 logger = logging.getLogger(__name__)
-
-SIGNS = {
-    "self_reference": SELF_REFERENCE,
-    "falling": (
-        "the full-sequence margin ({prefix}rewards/margins) is falling: the policy moves towards the rejected "
-        "responses. Look at the learning rate, at swapped pairs, and at whether the reference prefers the chosen side"
-    ),
-    "below_half": (
-        "the full-sequence accuracy ({prefix}rewards/accuracies) has been below one half for long. Beside a reference "
-        "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
-    ),
-    "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
-    "find them and score them again",
-    "ties": (
-        "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
-        "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
-        "to 1"
-    ),
-}
-"""What a run that looks wrong is told, by kind."""
 
 _SHORT = {"beta": "selection/beta", "selection_ratio": "selection/ratio"}
 
@@ -64,7 +43,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             Evaluations use the end of the schedule: they must be comparable.
         patience: how many logs in a row have to look wrong before a warning.
         picture_pairs: draw the selection of so many pairs, the first of the evaluation set, at each evaluation, into
-            `selection/step-….svg` in the output folder.
+            `selection/step-….svg` in the output folder, with the numbers in a `.json` beside it.
 
     Attributes:
         warnings: {"step", "kind", "message"} of each warning that was given.
@@ -222,7 +201,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 self._warn(kind, prefix)
         if skipped:
             self._warn("non_finite", prefix)
-        if selects and values.get("selection/tied_fraction", 0.0) > 0.5:
+        if selects and values.get("selection/tied_fraction", 0.0) > MOSTLY_TIED:
             self._warn("ties", prefix)
 
     def _warn(self, kind: str, prefix: str = "") -> None:
@@ -251,9 +230,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if self.trainer.is_world_process_zero():
             tokenizer = self.trainer.data_collator.tokenizer
             pairs = self.trainer.data_collator.pairs(rows)
-            ids = [[pair.chosen_ids[1:], pair.rejected_ids[1:]] for pair in pairs]
-            shown = list(picture_rows(out, ids, places, tokenizer))
-            write_picture(Path(args.output_dir) / "selection" / f"step-{state.global_step:06d}.svg", shown)
+            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+            write_selection(out, ids, places, tokenizer, Path(args.output_dir), state.global_step)
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
         """What the loss says of these pairs now. Every process runs it: weights may be sharded."""
@@ -268,21 +246,6 @@ class SelectionCallback(TrainerCallback, ExportableState):
         finally:
             self.loss.windows = windows
         return out, labels.places
-
-
-def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
-    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
-
-    "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
-    errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.
-    """
-    if len(seen) < 2 * patience:
-        return []
-    margins, accuracies = zip(*seen[-2 * patience :], strict=True)
-    earlier, later = margins[:patience], margins[patience:]
-    error = ((variance(earlier) + variance(later)) / patience) ** 0.5
-    found = ["falling"] if mean(later) < mean(earlier) - 3 * error else []
-    return found + (["below_half"] if max(accuracies) < 0.5 else [])
 
 
 # --- the trainer from outside --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ that name rows. Without an initialised process group there is one process, and n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean, variance
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,28 @@ SELF_REFERENCE = (
     "the selection, and Selective-DPO hardly learns. Give a stronger ref_model of the same tokenizer, or set "
     "selection_ratio to 1 (plain DPO)"
 )
+
+SIGNS = {
+    "self_reference": SELF_REFERENCE,
+    "falling": (
+        "the full-sequence margin ({prefix}rewards/margins) is falling: the policy moves towards the rejected "
+        "responses. Look at the learning rate, at swapped pairs, and at whether the reference prefers the chosen side"
+    ),
+    "below_half": (
+        "the full-sequence accuracy ({prefix}rewards/accuracies) has been below one half for long. Beside a reference "
+        "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
+    ),
+    "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
+    "find them and score them again",
+    "ties": (
+        "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
+        "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
+        "to 1"
+    ),
+}
+"""What a run that looks wrong is told, by kind."""
+MOSTLY_TIED = 0.5
+"""A larger share of tokens on the threshold is the sign "ties"."""
 
 
 def mean_over_pairs(batches: Sequence[Mapping[str, Tensor]], pairs: Sequence[int]) -> dict[str, float]:
@@ -79,6 +102,21 @@ def non_finite_error(out: PreferenceLoss, where: str, places: Sequence[str] = ()
     except NonFiniteError as error:
         return NonFiniteError(f"{where}: {error}{rows}")
     return NonFiniteError(f"{where}: the loss is not finite although every log-prob is{rows}")
+
+
+def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
+    """Kinds of warning that a series of [full margin, full accuracy] gives rise to.
+
+    "falling": of the last 2 · patience margins, the later half lies below the earlier one by more than three standard
+    errors of their difference. "below_half": the last 2 · patience accuracies are all below 0.5.
+    """
+    if len(seen) < 2 * patience:
+        return []
+    margins, accuracies = zip(*seen[-2 * patience :], strict=True)
+    earlier, later = margins[:patience], margins[patience:]
+    error = ((variance(earlier) + variance(later)) / patience) ** 0.5
+    found = ["falling"] if mean(later) < mean(earlier) - 3 * error else []
+    return found + (["below_half"] if max(accuracies) < 0.5 else [])
 
 
 def same_weights(policy: nn.Module, reference: nn.Module | None) -> bool:

@@ -108,7 +108,7 @@ def svg_of_pairs(pairs: Sequence[ShownPair], *, title: str) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}">',
-            f"<title>{_text(title)}</title><style>{_CSS}</style>",
+            f"<title>{escape(printable(title))}</title><style>{_CSS}</style>",
             '<rect width="100%" height="100%" fill="white"/>',
             *body,
             "</svg>\n",
@@ -160,7 +160,8 @@ def _legend(scale: float) -> Iterator[str]:
 
 
 def _line(text: str, y: int, kind: str, x: int = _MARGIN) -> str:
-    return f'<text class="{kind}" x="{x}" y="{y}">{_text(text)}</text>'
+    shown = escape(printable(text)) if kind == "title" else _text(text)
+    return f'<text class="{kind}" x="{x}" y="{y}">{shown}</text>'
 
 
 def _columns(shown: str) -> int:
@@ -175,4 +176,5 @@ def _wide(character: str) -> bool:
 
 
 def _text(text: str) -> str:
+    """Text of which every space shows."""
     return escape(printable(text)).replace(" ", "\u00a0")
