@@ -25,6 +25,7 @@ LINES = ("#1f5fa8", "#c2601a", "#3d8b57", "#8b4fa8", "#7a6a1f", "#4b5563", "#b03
 DASHES = ("-", "--", "-.", ":")
 
 _STYLE = {
+    "axes.axisbelow": True,
     "axes.edgecolor": "#8a919c",
     "axes.grid": True,
     "axes.spines.right": False,
@@ -59,7 +60,7 @@ class Figure:
     canvas: Canvas
 
 
-def figure(name: str, caption: str, draw: Any, size: tuple[float, float] = (8.6, 3.2)) -> Figure:
+def figure(name: str, caption: str, draw: Any, size: tuple[float, float] = (6.2, 3.0)) -> Figure:
     """Calls `draw` with an empty matplotlib figure, in this package's style."""
     # The salt keeps the identifiers of several figures on one page apart, and the same from run to run.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -124,7 +125,8 @@ def data_figures(found: Statistics) -> list[Figure]:
                 label=name,
             )
         counts = [sum(side.by_class.get(kind, (0, 0.0))[0] for side in found.sides.values()) for kind in names]
-        axes.set_xticks(range(len(names)), [f"{kind}\n{n:,}" for kind, n in zip(names, counts, strict=True)])
+        ticks = [f"{kind.replace(' of a ', chr(10) + 'of a ')}\n{n:,}" for kind, n in zip(names, counts, strict=True)]
+        axes.set_xticks(range(len(names)), ticks, fontsize=8.5)
         axes.set(title="Kept share by class of token", ylabel="kept share")
         axes.grid(axis="x", visible=False)
         axes.legend()
@@ -176,7 +178,7 @@ def series_figure(
         if len(series) > 1:
             axes.legend(fontsize=8.5)
 
-    return figure(name, caption, draw, (5.4, 2.7))
+    return figure(name, caption, draw, (6.2, 2.8))
 
 
 def selection_figure(pairs: Sequence[ShownPair], *, title: str) -> Canvas:

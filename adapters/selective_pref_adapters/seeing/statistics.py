@@ -77,6 +77,8 @@ class Table:
     caption: str
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    numbers: bool = True
+    """Whether all columns but the first hold numbers."""
 
 
 def statistics_of(pairs: Sequence[ShownPair], others: Mapping[str, Sequence[ShownPair]] | None = None) -> Statistics:
