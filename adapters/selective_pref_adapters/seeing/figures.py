@@ -157,6 +157,7 @@ def series_figure(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     level: float | None = None,
+    share: bool = False,
 ) -> Figure:
     """One metric of several runs over their steps.
 
@@ -165,6 +166,7 @@ def series_figure(
         title: stands above it.
         series: run → (steps, values).
         level: a value to draw a line at, as log 2 for a loss.
+        share: whether the axis goes from 0 to 1.
     """
 
     def draw(canvas: Canvas) -> None:
@@ -174,7 +176,7 @@ def series_figure(
             axes.plot(steps, values, color=_colour(number), ls=_dash(number), marker=mark, ms=3.5, label=run)
         if level is not None:
             axes.axhline(level, color=SOFT, lw=1, ls=":")
-        axes.set(title=title, xlabel="step")
+        axes.set(title=title, xlabel="step", **({"ylim": (-0.03, 1.03)} if share else {}))
         if len(series) > 1:
             axes.legend(fontsize=8.5)
 

@@ -24,9 +24,9 @@ from selective_pref_adapters.seeing.statistics import Table
 from selective_pref_adapters.seeing.tokens import printable, score_scale, tint
 
 CURVES = (
-    ("loss", "Loss", "The dotted line is log 2: a selective loss above it is normal."),
     ("rewards/margins", "Margin, full responses", "Judge a run by this one: it should rise."),
     ("rewards/accuracies", "Accuracy, full responses", "Share of the pairs with a full margin above 0."),
+    ("loss", "Loss", "The dotted line is log 2: a selective loss above it is normal."),
     ("selection/rewards/margins", "Margin, kept tokens", "Biased low by construction: below 0 is normal."),
     ("selection/rewards/accuracies", "Accuracy, kept tokens", "Biased low likewise."),
     ("selection/fraction", "Kept share", "Kept weight over tokens."),
@@ -43,6 +43,9 @@ COUNTS = (
     ("selection/nonfinite_rows", "Broken responses", "Share of the responses with a value that is not finite."),
 )
 """Shown only where one is above 0."""
+
+SHARES = ("rewards/accuracies", "selection/rewards/accuracies", "selection/fraction", "selection/tied_fraction")
+"""Drawn from 0 to 1."""
 
 _FRAMES, _FILMS = 12, 4  # visits of one film strip, and pairs that have one
 
@@ -108,11 +111,11 @@ def run_figures(runs: Sequence[Run]) -> list[Figure]:
                 said = f"{caption} Not logged by {', '.join(absent)}." if absent else caption
                 level = math.log(2) if name == "loss" else None
                 file = (prefix + name).replace("/", "_")
-                drawn.append(series_figure(file, title + where, said, series, level=level))
+                drawn.append(series_figure(file, title + where, said, series, level=level, share=name in SHARES))
     series = {run.name: points for run in runs if (points := run.overlaps())[0]}
     if series:
         caption = "Of the fixed pairs: the share of the selection that was selected at the visit before."
-        drawn.append(series_figure("overlap", "Overlap from visit to visit", caption, series))
+        drawn.append(series_figure("overlap", "Overlap from visit to visit", caption, series, share=True))
     return drawn
 
 

@@ -153,7 +153,8 @@ def _loop_config(folder: Path, notes: list[str]) -> dict[str, Any]:
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError):
             value = None
         if isinstance(value, Mapping):
-            found.update(_flat(value, prefix))
+            flat = _flat(value, prefix)
+            found.update({n: item for n, item in flat.items() if n.removeprefix("run.") not in found})
         else:
             notes.append(f"{name} is incomplete: its options cannot be compared")
     return found
