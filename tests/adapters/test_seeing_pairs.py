@@ -76,7 +76,7 @@ def test_bytes_that_a_vocabulary_falls_back_to(shared: Path) -> None:
 
 def test_what_cannot_be_seen_is_shown() -> None:
     assert printable("a\nb\tc\r") == "a⏎\nb⇥\tc␍"
-    assert printable("\x00\x1b\x7f\u202e\u2028") == "␀␛␡‹U+202E›\u2028"
+    assert printable("\x00\x1b\x7f\u202e\u2028") == "␀␛␡‹U+202E›‹U+2028›"
     assert printable("👩\u200d👧 e\u0301 中") == "👩\u200d👧 e\u0301 中"
 
 

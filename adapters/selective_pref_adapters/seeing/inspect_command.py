@@ -1,7 +1,7 @@
 """`selective-pref inspect`: pairs of a file, as a policy and a reference read them, into a picture.
 
-In: an `InspectConfig`. Out: a page, an SVG, JSON or text; with statistics, figures over many more rows than one wants to
-read. Everything that can be checked is checked before a model is loaded, and files are there whole or not at all.
+In: an `InspectConfig`. Out: a page, an SVG, JSON or text; with statistics, figures over many more rows than
+one reads. Everything that can be checked is checked before a model is loaded, and files are there whole or not at all.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def inspect(config: InspectConfig) -> list[ShownPair]:
         reference.check(pairs)
     batches = _batches(pairs, tokenizer)
     logps = _logps(policy, batches), _logps(reference, batches)
-    numbered = dict(zip(_numbers_of(pairs, rows, numbers), _shown(config, batches, pairs, tokenizer, *logps), strict=True))
+    numbered = dict(
+        zip(_numbers_of(pairs, rows, numbers), _shown(config, batches, pairs, tokenizer, *logps), strict=True)
+    )
     visible = [pair for number, pair in numbered.items() if number in set(wanted)]
     figures: Sequence[Any] = ()
     tables: Sequence[Any] = ()
@@ -86,7 +88,9 @@ def inspect(config: InspectConfig) -> list[ShownPair]:
         figures, tables = data_figures(found), data_tables(found)
         if config.figures is not None:
             write_figures(Path(config.figures), figures)
-            write_whole(Path(config.figures) / "statistics.json", json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+            write_whole(
+                Path(config.figures) / "statistics.json", json.dumps(dataclasses.asdict(found), indent=1) + "\n"
+            )
             notes.print(f"figures: {config.figures}", soft_wrap=True)
     if not visible:
         raise ValueError(f"--rows {config.rows}: nothing of them is left to show; the reasons are above")

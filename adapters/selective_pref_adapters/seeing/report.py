@@ -1,4 +1,4 @@
-"""`selective-pref report`: runs → one page with their curves, what differs between them, and what a reader may conclude.
+"""`selective-pref report`: runs → one page: their curves, what differs between them, what a reader may conclude.
 
 In: a `ReportConfig`. Out: a page. The warnings follow the rules by which `SelectionCallback` warns while a run goes on.
 """
@@ -88,7 +88,9 @@ def report_page(runs: Sequence[Run], figures: Sequence[Figure], *, title: str) -
     ]
     html = template("report.html").render(
         title=title,
-        runs=[{"run": run, "findings": findings(run), "steps": max(line["step"] for line in run.lines)} for run in runs],
+        runs=[
+            {"run": run, "findings": findings(run), "steps": max(line["step"] for line in run.lines)} for run in runs
+        ],
         tables=tables if rows else [],
         several=len(runs) > 1,
         figures=figures,

@@ -1,8 +1,8 @@
 """Folders of runs → what they logged, how they were configured, and the selection of their fixed pairs.
 
-In: a folder that `selective-pref train`, a Hugging Face `Trainer` or TRL wrote, or is writing. Out: a `Run`. A last line
-that is cut short, or a file that is being written, is left out and noted; a folder without anything to read is an
-error that says what was looked for.
+In: a folder that `selective-pref train`, a Hugging Face `Trainer` or TRL wrote, or is writing. Out: a `Run`. A last
+line that is cut short, or a file that is being written, is left out and noted; a folder without anything to read is
+an error that says what was looked for.
 """
 
 from __future__ import annotations

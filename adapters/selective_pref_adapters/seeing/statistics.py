@@ -163,13 +163,11 @@ def _flat(sides: Sequence[ShownResponse]) -> dict[str, np.ndarray]:
     """Columns over all tokens that count."""
     columns: dict[str, list[Any]] = {"score": [], "weight": [], "place": [], "class": []}
     for side in sides:
-        number = 0
-        for text, special, score, weight in _counting(side):
+        for number, (text, special, score, weight) in enumerate(_counting(side)):
             columns["score"].append(score)
             columns["weight"].append(weight)
             columns["place"].append(number * POSITIONS // side.tokens)
             columns["class"].append(token_class(text, special))
-            number += 1
     return {name: np.array(values) for name, values in columns.items()}
 
 
