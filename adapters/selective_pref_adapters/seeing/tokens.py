@@ -108,7 +108,11 @@ def printable(text: str) -> str:
 
 def _visible(character: str) -> str:
     kind = unicodedata.category(character)
-    if (kind[0] != "C" and kind not in ("Zl", "Zp")) or character in _JOINERS or "\U000e0020" <= character <= "\U000e007f":  # flags of regions
+    if (
+        (kind[0] != "C" and kind not in ("Zl", "Zp"))
+        or character in _JOINERS
+        or "\U000e0020" <= character <= "\U000e007f"
+    ):  # flags of regions
         return character
     if ord(character) < 0x20:
         return chr(0x2400 + ord(character))
