@@ -20,6 +20,7 @@ from selective_pref_adapters.seeing.figures import selection_figure
 from selective_pref_adapters.seeing.pictures import pairs_json, write_selection
 from selective_pref_adapters.seeing.shown import shown_pairs
 from selective_pref_adapters.seeing.tokens import LIGHT, printable
+from selective_pref_adapters.seeing.trackers import track_selection
 
 TEXTS = [HOSTILE, "a tie, a tie, a tie", SCRIPTS, "x" * 300]
 
@@ -110,12 +111,36 @@ def test_a_run_keeps_its_fixed_pairs_at_each_visit(given: tuple[PreferenceLoss, 
     }
 
 
-def test_trackers_get_an_image(given: tuple[PreferenceLoss, Any, Any], tmp_path: Path) -> None:
+def test_the_image_for_trackers(given: tuple[PreferenceLoss, Any, Any]) -> None:
     out, ids, tokenizer = given
     pairs = shown_pairs(out, ids, tokenizer)
-    canvas = selection_figure(pairs, title="step 3")
-    bars = [patch.get_height() for axes in canvas.axes for patch in axes.patches]
+    bars = [patch.get_height() for axes in selection_figure(pairs, title="t").axes for patch in axes.patches]
     weights = [weight for pair in pairs for _, side in pair.sides for weight in side.weights]
     assert bars == pytest.approx([-0.45 * weight for weight in weights])
-    canvas.savefig(tmp_path / "image.png")
-    assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_keeps_the_images_of_all_steps(given: tuple[PreferenceLoss, Any, Any], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    out, ids, tokenizer = given
+    pairs = shown_pairs(out, ids, tokenizer)
+    with SummaryWriter(str(tmp_path)) as board:
+        for step in (0, 20):
+            track_selection(pairs, step, board=board)
+    events = EventAccumulator(str(tmp_path), size_guidance={IMAGES: 0}).Reload().Images("selection/pairs")
+    assert [event.step for event in events] == [0, 20]
+    assert all(event.encoded_image_string.startswith(b"\x89PNG") for event in events)
+
+
+def test_trackio_keeps_the_images_of_all_steps(
+    given: tuple[PreferenceLoss, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    out, ids, tokenizer = given
+    trackio.init(project="selection", name="run", embed=False, auto_log_cpu=False)
+    for step in (0, 20):
+        track_selection(shown_pairs(out, ids, tokenizer), step, tracker=trackio)
+    trackio.finish()
+    assert {path.parent.name for path in tmp_path.rglob("*.png")} == {"0", "20"}

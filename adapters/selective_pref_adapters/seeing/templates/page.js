@@ -250,7 +250,7 @@ const panel = byId("panel"), list = panel.firstElementChild;
 const describe = (token) => {
   const side = token.parentElement.side, i = Number(token.dataset.i);
   const points = [...side.texts[i]].slice(0, 6).map((c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
-  const items = [["token", side.texts[i] === "" ? "(part of the next character)" : side.texts[i], "word"], ["id", `${side.ids[i]}`]];
+  const items = [["token", side.texts[i] === "" ? "part of the next character" : `“${side.texts[i]}”`, "word"], ["id", `${side.ids[i]}`]];
   items.push(["policy log-prob", number(side.logps[i])]);
   if (side.refs) items.push(["reference log-prob", number(side.refs[i])]);
   if (side.scores) {
