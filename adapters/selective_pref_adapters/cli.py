@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
     "dpo": "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
     "score": "log-probs of a reference into a store, once for all runs that read them",
+    "inspect": "pairs as the loss reads them: a page, a picture or text, and statistics over a data set",
+    "report": "one page of one run or several: curves, what differs, what it means",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -39,18 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return {"train": _train, "dpo": _dpo, "score": _score, "demo": _demo}[command](rest)
+        return _RUN[command](rest)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = "what was scored is stored" if command == "score" else "no model was saved, logs stay where they are"
-        print(f"selective-pref {command}: interrupted; {left}", file=sys.stderr)
+        left = {"score": "what was scored is stored", "inspect": "nothing was written", "report": "nothing was written"}
+        said = left.get(command, "no model was saved, logs stay where they are")
+        print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = {"score": "score", "dpo": "trl"}.get(command, "deepspeed")
+        extra = {"score": "score", "dpo": "trl", "inspect": "seeing", "report": "seeing"}.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -118,10 +121,57 @@ a store instead. `--config FILE.yaml` reads flags from a file; flags on the comm
 """
 
 
+def _inspect(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.seeing.options import InspectConfig
+
+    flags = _with_config_file(arguments, InspectConfig, "inspect")
+    config = tyro.cli(InspectConfig, args=flags, prog="selective-pref inspect", description=_INSPECT)
+
+    from selective_pref_adapters.seeing.inspect_command import inspect
+
+    inspect(config)
+    return 0
+
+
+_INSPECT = """Show what the loss reads of preference pairs: the score and weight of every token, both sides.
+
+Without --out in the terminal; with --out page.html as one page that needs nothing else. `--config FILE.yaml` reads
+flags from a file; flags on the command line win.
+"""
+
+
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.seeing.options import ReportConfig
+
+    config = tyro.cli(ReportConfig, args=arguments, prog="selective-pref report", description=_REPORT)
+
+    from selective_pref_adapters.seeing.report import report
+
+    report(config)
+    return 0
+
+
+_REPORT = "Show how runs went: their curves over each other, what differs in their configuration, what to conclude."
+
+
 def _demo(arguments: list[str]) -> int:
     from selective_pref_adapters.replication.demo import main as demo
 
     return demo(arguments)
+
+
+_RUN = {
+    "train": _train,
+    "dpo": _dpo,
+    "score": _score,
+    "inspect": _inspect,
+    "report": _report,
+    "demo": _demo,
+}
 
 
 def _with_config_file(arguments: list[str], config: type, command: str) -> list[str]:

@@ -24,7 +24,6 @@ SELF_REFERENCE = (
     "selection_ratio to 1 (plain DPO)"
 )
 
-
 SIGNS = {
     "self_reference": SELF_REFERENCE,
     "falling": (

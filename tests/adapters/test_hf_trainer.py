@@ -43,7 +43,6 @@ from selective_pref_adapters.monitoring import wrong_signs
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.references import AdapterOffReference, RunningReference
-from selective_pref_adapters.selection_picture import PictureRow, selection_picture
 from tiny import make_model, text_rows, write_jsonl
 from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory, trl_trajectory
 
@@ -1015,28 +1014,15 @@ def test_pictures_of_fixed_pairs(build: Run, pairs: list[TokenizedPair], tmp_pat
     for name in ("eval_one_loss", "eval_two_loss"):
         assert logged(drawn, name) == logged(plain, name)
     files = sorted((tmp_path / "out" / "selection").iterdir())
-    assert [file.name for file in files] == ["step-000002.svg", "step-000004.svg"]
-    root = ElementTree.fromstring(files[0].read_text(encoding="utf-8"))
+    assert [file.name for file in files] == [
+        f"step-{n}.{kind}" for n in ("000002", "000004") for kind in ("json", "svg")
+    ]
+    root = ElementTree.fromstring(files[1].read_text(encoding="utf-8"))
     titles = [text.text for text in root.findall(".//{*}text") if text.get("class") == "title"]
     expected = [f"{pair.place}, {side}" for pair in pairs[30:32] for side in ("chosen", "rejected")]
     assert [title.split(": ")[0] for title in titles] == [title.replace(": ", ":") for title in expected]
     tokens = len(pairs[30].chosen_ids) - pairs[30].chosen_prompt_length
     assert titles[0].endswith(f"{math.ceil(0.4 * tokens)} of {tokens} tokens")
-
-
-def test_a_picture_shows_any_text() -> None:
-    row = PictureRow(
-        title="<a & b>",
-        tokens=["<s>", " \n", "\x00\x1b", "你好", '"', "x" * 150],
-        weights=[1.0, 0.5, 0.0, 1.0, 0.0, 0.0],
-        scores=[math.inf, 0.0, -1.0, 2.0, 0.0, 0.0],
-        is_chosen=False,
-    )
-    root = ElementTree.fromstring(selection_picture([row], title="t"))
-    shown = [text.text for text in root.findall(".//{*}text")]
-    assert shown == ["<a & b>: 2.5 of 6 tokens", "<s>", "\u00a0⏎", "··", "你好", '"', "x" * 150]
-    boxes = [float(rect.get("fill-opacity", 0)) for rect in root.findall(".//{*}rect")]
-    assert boxes[1:4] == [0.7, 0.35, 0.0]
 
 
 def test_the_script_of_the_page_trains_on_real_pairs(

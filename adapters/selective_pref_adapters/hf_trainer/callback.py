@@ -34,7 +34,7 @@ from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenc
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
-from selective_pref_adapters.selection_picture import picture_rows, write_picture
+from selective_pref_adapters.seeing.pictures import write_selection
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             Evaluations use the end of the schedule: they must be comparable.
         patience: how many logs in a row have to look wrong before a warning.
         picture_pairs: draw the selection of so many pairs, the first of the evaluation set, at each evaluation, into
-            `selection/step-….svg` in the output folder.
+            `selection/step-….svg` in the output folder, with the numbers in a `.json` beside it.
 
     Attributes:
         warnings: {"step", "kind", "message"} of each warning that was given.
@@ -252,9 +252,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if self.trainer.is_world_process_zero():
             tokenizer = self.trainer.data_collator.tokenizer
             pairs = self.trainer.data_collator.pairs(rows)
-            ids = [[pair.chosen_ids[1:], pair.rejected_ids[1:]] for pair in pairs]
-            shown = list(picture_rows(out, ids, places, tokenizer))
-            write_picture(Path(args.output_dir) / "selection" / f"step-{state.global_step:06d}.svg", shown)
+            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+            write_selection(out, ids, places, tokenizer, Path(args.output_dir), state.global_step)
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
         """The losses of these pairs, and where they came from. Every process runs it: weights may be sharded."""
