@@ -20,8 +20,7 @@ from selective_pref_adapters.batch import responses
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps
 from selective_pref_adapters.pairs import collate, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_store.fill import fill_store, reference_space
-from selective_pref_adapters.reference_store.store import MissingRowsError, ReferenceStore
+from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.seeing.inspect_command import inspect, row_numbers
 from selective_pref_adapters.seeing.options import InspectConfig
 from selective_pref_adapters.seeing.shown import ShownPair, ShownResponse

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
+from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.objectives import check_objective, loss_of_batch, make_objective
 from selective_pref_adapters.pairs import (
     PreferenceRow,
@@ -30,7 +31,6 @@ from selective_pref_adapters.pairs import (
     read_rows,
     tokenize_pairs,
 )
-from selective_pref_adapters.reference_store.command import PAPER_MAX_LENGTH, load_model, load_tokenizer
 from selective_pref_adapters.reference_store.store import ReferenceStore
 from selective_pref_adapters.seeing.options import SUFFIXES, InspectConfig
 from selective_pref_adapters.seeing.page import page_of_pairs
@@ -141,7 +141,8 @@ def row_numbers(text: str, count: int) -> list[int]:
 
 def _ready(config: InspectConfig, name: str, dtype: str | None = None) -> Any:
     """A model that is asked for log-probs only."""
-    model = load_model(dataclasses.replace(config, dtype=dtype or config.dtype), name)
+    model = load_model(name, dtype=dtype or config.dtype, attention=config.attention)
+    model.to(_device()).eval().requires_grad_(False)
     install_fused_head(model, at_first_call=True)
     return model
 
@@ -164,13 +165,10 @@ def _numbers_of(pairs: Sequence[TokenizedPair], rows: Sequence[PreferenceRow], n
 def _tokenized(
     rows: Sequence[PreferenceRow], tokenizer: Any, config: InspectConfig, policy: Any, notes: Console
 ) -> list[TokenizedPair]:
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if config.max_length is not None and context is not None and config.max_length > context:
-        raise ValueError(f"max_length {config.max_length} is longer than the policy can read ({context} tokens)")
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
-        max_length=config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH),
+        max_length=usable_length(config.max_length, {"policy": policy}),
         truncation_mode=config.truncation_mode,
         keep_unteachable=True,
         progress=True,
@@ -185,12 +183,17 @@ def _tokenized(
 
 
 def _batches(pairs: Sequence[TokenizedPair], tokenizer: Any) -> list[dict[str, Tensor]]:
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [
-        {name: tensor.to(device) for name, tensor in collate(pairs[at : at + BATCH], pad).items()}
+        {
+            name: tensor.to(_device())
+            for name, tensor in collate(pairs[at : at + BATCH], pad_token_id(tokenizer)).items()
+        }
         for at in range(0, len(pairs), BATCH)
     ]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _logps(source: Any, batches: Sequence[dict[str, Tensor]]) -> Logps:
