@@ -10,6 +10,7 @@ reference's per-token log-probs come from: a frozen model, the policy with its a
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from trl import DPOTrainer
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.batch import REF_LOGPS, Batch, from_bits, to_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_logps_and_statistics
-from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
+from selective_pref_adapters.model_inputs import causal_lm, check_stored_inputs, inputs_of
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     finite_everywhere,
@@ -129,6 +130,8 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         finally:
             args.precompute_ref_log_probs = precompute
+        for some in filter(None, (self.model, self.ref_model)):
+            take_back_forward(some)
         check_models(self.model, ref_model, self.processing_class, self._ref_tokenizer)
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
@@ -393,6 +396,21 @@ def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_co
     if name != policy:
         options.pop("revision", None)  # the policy's
     return create_model_from_path(name, **options)
+
+
+def take_back_forward(model: nn.Module) -> None:
+    """Undoes the forward that `DPOTrainer` puts on a model for its own loss, which is not computed here.
+
+    It holds the forward that it stands for, so that a copy of the model would run the original's weights.
+    """
+    causal = causal_lm(model)
+    put_on = getattr(vars(causal).get("forward"), "__func__", None)
+    if getattr(getattr(put_on, "__code__", None), "co_name", None) != "_fused_forward":
+        return
+    before = inspect.getclosurevars(put_on).nonlocals["original_forward"]
+    del causal.forward
+    if getattr(before, "__func__", None) is not type(causal).forward:  # accelerate's hooks were there before
+        causal.forward = before
 
 
 def is_sharded(model: nn.Module) -> bool:
