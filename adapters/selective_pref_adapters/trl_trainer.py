@@ -130,8 +130,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         finally:
             args.precompute_ref_log_probs = precompute
-        for some in filter(None, (self.model, self.ref_model)):
-            take_back_forward(some)
+        take_back_forward(self.model)
         check_models(self.model, ref_model, self.processing_class, self._ref_tokenizer)
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
@@ -220,6 +219,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         pairs = pairs_of(dataset, collator, name)
         check_stored_inputs(self.model, collator([dataset[0]]))
         if self._fills:
+            take_back_forward(self.model)
             with self._reference() if self._scorer is None else nullcontext(self._scorer) as reference:
                 self._fill(reference, pairs, batch_size)
         elif self._store is None:
