@@ -283,7 +283,9 @@ def _fitting_options(causal: Any) -> Options | str:
     causal.eval()
     try:
         with torch.no_grad(), _forward_replaced(head, record):
-            logits = (causal.forward if isinstance(causal, WithFusedHead) else causal)(**inputs).logits
+            # At the first call this runs inside the model's forward, so what wraps that (autocast) must not run again.
+            inside = isinstance(causal, WithFusedHead)
+            logits = (type(causal).forward(causal, **inputs) if inside else causal(**inputs)).logits
             hidden = causal.base_model(**inputs)[0]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError) as error:
         return f"its forward cannot be taken apart: {type(error).__name__}: {error}"

@@ -346,19 +346,23 @@ def test_a_copy_answers_for_itself(name: str, batch: dict[str, torch.Tensor]) ->
         torch.testing.assert_close(model_per_token_logps(fresh, batch), theirs)
 
 
+@pytest.mark.parametrize("at_first_call", [False, True])
 def test_mixed_precision_of_accelerate_goes_around_the_fused_head_and_comes_off_again(
-    batch: dict[str, torch.Tensor],
+    at_first_call: bool, batch: dict[str, torch.Tensor]
 ) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     model, plain = make("llama"), make("llama")
-    assert install_fused_head(model)
+    assert install_fused_head(model, at_first_call=at_first_call)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     wrapped, other = accelerator.prepare(model, plain)
     assert inspect.signature(wrapped.forward) == inspect.signature(other.forward)
     low = model_per_token_logps(wrapped, batch)
+    assert not torch.is_autocast_enabled("cpu")  # it is left as often as it was entered
     torch.testing.assert_close(low, model_per_token_logps(other, batch), rtol=0.05, atol=0.1)
     unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
     exact = model_per_token_logps(unwrapped, batch)
     assert not torch.equal(low, exact)
     torch.testing.assert_close(exact, model_per_token_logps(make("llama"), batch))

@@ -3,6 +3,7 @@ and a clear word on everything that has no meaning under selection."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -550,6 +551,10 @@ def test_a_compiled_model_trains_the_same_and_generates_as_before(make: Make, po
     assert compiled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
     torch._dynamo.reset()
     model, fresh = compiled.model.eval(), load(policy_folder).eval()
+    assert "forward" not in vars(plain.model)
+    twin = copy.deepcopy(plain.model)
+    twin.lm_head.weight.data.zero_()
+    assert not twin(input_ids=torch.tensor([[5]])).logits.any()
     fresh.load_state_dict(model.state_dict())
     ids = torch.tensor([[0, 0, 6, 7], [0, 8, 9, 5]])
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -34,6 +34,7 @@ from selective_pref_adapters.monitoring import (
 from selective_pref_adapters.objectives import loss_of_batch, needs_reference
 from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
@@ -108,6 +109,7 @@ class SelectiveDPOTrainer(DPOTrainer):
                 processing_class=processing_class,
                 **others,
             )
+        take_back_forward(self.model)
         self._check_once()
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True)
@@ -183,6 +185,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         collator = getattr(self.data_collator, "collator", self.data_collator)
         pairs = pairs_of(dataset, collator, name)
         check_stored_inputs(self.model, collator([dataset[0]]))
+        take_back_forward(self.model)
         store = self.reference.store_rows(pairs, batch_size)
         if not isinstance(self.data_collator, WithStoredReference):
             self.data_collator = WithStoredReference(collator=self.data_collator, store=store)
