@@ -34,7 +34,8 @@ def shown() -> tuple[PreferenceLoss, list[ShownPair], SelectionPage]:
     tokenizer = byte_tokenizer()
     ids, mask = batch_of(tokenizer, TEXTS)
     out = loss_of(mask, ratio=0.3)
-    page = selection_page(out, ids, tokenizer, places=["<b>:1", 'x" onload="alert(1)'], title="A </title> & more")
+    places = ["</script><script>alert(1)</script>", 'x" onload="alert(1)']
+    page = selection_page(out, ids, tokenizer, places=places, title="A </title> & more")
     return out, shown_pairs(out, ids, tokenizer), page
 
 

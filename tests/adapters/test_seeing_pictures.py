@@ -48,6 +48,7 @@ def test_the_svg_shows_every_token_and_underlines_what_is_kept(given: tuple[Pref
     for token, weight, text in zip(tokens, weights, texts, strict=True):
         line = token.find("{*}path")
         assert (0 if line is None else float(line.get("data-weight", 0))) == pytest.approx(weight, abs=1e-6)
+        assert (line is not None) == (weight > 0)
         if line is not None:
             assert (line.get("stroke-dasharray") is None) == (weight >= 1)
         shown = token.find("{*}text")
