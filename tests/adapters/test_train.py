@@ -452,7 +452,13 @@ def test_a_mixture_of_experts_trains_and_comes_back(configure: Configure, tmp_pa
     asking = make_mixture(tmp_path / "asking", seed=1, output_router_logits=True)
     with pytest.raises(ValueError, match="asks for a load-balancing loss"):
         train(configure(model=str(asking)))
-    result = train(configure(model=str(make_mixture(tmp_path / "mixture", seed=1)), max_steps=2))
+    mixture = str(make_mixture(tmp_path / "mixture", seed=1))
+    result = train(configure(model=mixture, max_steps=2))
+    parts = configure(model=mixture, max_steps=2, resume="auto", output_dir=str(tmp_path / "parts"))
+    stop_at(1)
+    assert train(parts).stopped_at == 1
+    loop.step_engine = step_engine_of_the_loop
+    assert train(parts).metrics == result.metrics  # the experts of the checkpoint are loaded back
     again = train(configure(model=str(result.output_dir), max_steps=1, output_dir=str(tmp_path / "again")))
     before, after = again.summary["before"], result.summary["after"]
     assert before["eval_logps/chosen"] == pytest.approx(after["eval_logps/chosen"], rel=1e-6)
