@@ -1,4 +1,4 @@
-"""Every loss that TRL's trainer names, against TRL's own trainer: the same batch, the same log-probs, value and gradient."""
+"""Every loss that TRL names, against TRL's own trainer on the same log-probs: value and gradient."""
 
 from __future__ import annotations
 
