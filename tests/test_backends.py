@@ -365,8 +365,10 @@ def test_the_rest_of_the_core_runs_where_no_value_exists() -> None:
     assert chosen.mask.device.type == "meta"
     stacked = Response.from_stacked(per_token_logps=logps, mask=mask)
     assert [side.mask.shape for side in stacked] == [(1, 3), (1, 3)]
+    digits = torch.zeros(9, dtype=torch.int32, **meta)
     for ties in ("share", "first", "all"):
-        assert top_fraction_weights(logps, mask, 0.4, ties=ties).shape == (2, 3)
+        for ratio in (0.4, digits):
+            assert top_fraction_weights(logps, mask, ratio, ties=ties, min_score=0.0).shape == (2, 3)
     assert quantile_weights(logps, mask, 0.4).shape == (2, 3)
 
 
