@@ -83,11 +83,14 @@ class LogitStatistics:
         entropy: of the next-token distribution, in nats: [… ].
         mean_logits: mean over the vocabulary: [… ].
         is_top1: bool [… ], whether no token had a higher logit than the label.
+        log_sum_sq_probs: log Σ_v p(v)², at most 0: how sure the distribution is of its next token (WPO, Zhou et al.
+            2024, Eq. 2, compares a log-prob with it): [… ].
     """
 
     entropy: Tensor
     mean_logits: Tensor
     is_top1: Tensor
+    log_sum_sq_probs: Tensor
 
 
 @torch.compiler.disable  # pyright: ignore[reportUnknownMemberType]
@@ -105,7 +108,7 @@ def fused_logps_and_statistics(
 ) -> tuple[Tensor, LogitStatistics]:
     """`fused_per_token_logps`, and statistics of the same logits from the same walk over the vocabulary.
 
-    Costs no further matrix product; one more tile and three more passes over each.
+    Costs no further matrix product; one more tile and four more passes over each.
 
     Args, Raises: as `fused_per_token_logps`.
 
@@ -113,8 +116,8 @@ def fused_logps_and_statistics(
         (log-probs, statistics), all [… ].
     """
     head = _checked_head(logit_scale, softcap, temperature, vocab_tile, keep_logits=False, statistics=True)
-    logps, entropy, mean_logits, is_top1 = _run(hidden, weight, labels, bias, ignore_index, head)
-    return logps, LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
+    logps, entropy, mean_logits, is_top1, squares = _run(hidden, weight, labels, bias, ignore_index, head)
+    return logps, LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, log_sum_sq_probs=squares)
 
 
 def _run(
@@ -193,7 +196,7 @@ class _Fused(torch.autograd.Function):
             kept = some.new_empty(len(rows), vocabulary, dtype=wide) if head.keep_logits else None
             peak = torch.full((len(rows),), -torch.inf, dtype=wide, device=hidden.device)
             total, picked = torch.zeros_like(peak), torch.zeros_like(peak)
-            moments = (torch.zeros_like(peak), torch.zeros_like(peak)) if head.statistics else None
+            moments = tuple(torch.zeros_like(peak) for _ in range(3)) if head.statistics else None
             buffer: Tensor | None = None
             spare: Tensor | None = None
             for tile in head.tiles(len(rows), vocabulary) if len(rows) else ():
@@ -212,18 +215,18 @@ class _Fused(torch.autograd.Function):
                     peak, total, picked = fold(head, z, tile_bias, place, peak, total, picked)
                 else:
                     fold = _compiled(_more_statistics) if _compiles(z) else _more_statistics
-                    peak, total, picked, weighted, summed = fold(
+                    peak, total, picked, *moments = fold(
                         head, z, _columns(spare, tile), tile_bias, place, peak, total, picked, *moments
                     )
-                    moments = (weighted, summed)
             log_total = total.log()
             normaliser = peak + log_total
         ctx.save_for_backward(hidden, weight, bias, rows, labels, normaliser, kept)
         ctx.head, ctx.narrow = head, narrow
         results = [picked - normaliser]
         if moments is not None:
-            weighted, summed = moments
+            weighted, summed, squared = moments
             results += [log_total - weighted / total, summed / vocabulary, picked >= peak]
+            results += [squared.log() - 2 * log_total]
         spread = [result.new_zeros(len(hidden)).index_copy_(0, rows, result) for result in results]
         ctx.mark_non_differentiable(*spread[1:])
         return tuple(spread)
@@ -311,8 +314,9 @@ def _more_statistics(
     picked: Tensor,
     weighted: Tensor,
     summed: Tensor,
+    squared: Tensor,
 ) -> tuple[Tensor, ...]:
-    """As `_statistics`, and also Σ exp(z − peak)·(z − peak), which gives the entropy, and Σ z."""
+    """As `_statistics`, and also Σ exp(z − peak)·(z − peak), which gives the entropy, Σ z, and Σ exp(z − peak)²."""
     if torch.compiler.is_compiling():
         z, spare = z.clone(), spare.clone()
     z = head.logits_(z, bias)
@@ -327,7 +331,8 @@ def _more_statistics(
     z.clamp_(min=-1e4)  # exp of it is 0 as well, and 0 · −inf would be NaN
     weighted = shift.exp() * (weighted + shift * total) + z.mul_(spare).sum(1)
     total = shift.exp() * total + spare.sum(1)
-    return higher, total, picked, weighted, summed
+    squared = (2 * shift).exp() * squared + spare.square_().sum(1)
+    return higher, total, picked, weighted, summed, squared
 
 
 def _gradient(

@@ -82,6 +82,7 @@ def dense_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tenso
         entropy=-(every.exp() * every).sum(-1) * counts,
         mean_logits=z.mean(-1) * counts,
         is_top1=(every.argmax(-1) == labels) & counts,
+        log_sum_sq_probs=(every.exp() ** 2).sum(-1).log() * counts,
     )
 
 
@@ -99,6 +100,7 @@ def test_statistics_of_the_same_walk_are_those_of_the_logits(options: dict[str, 
     expected = dense_statistics(**data, **options)
     torch.testing.assert_close(found.entropy, expected.entropy, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(found.mean_logits, expected.mean_logits, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found.log_sum_sq_probs, expected.log_sum_sq_probs, rtol=1e-11, atol=1e-12)
     assert found.is_top1.equal(expected.is_top1)
     assert not any(part.requires_grad for part in vars(found).values())
     leaves = (data["hidden"], data["weight"], data["bias"])
