@@ -20,9 +20,12 @@ REF_LOGPS = "ref_per_token_logps_bits"
 SCORING_REF_LOGPS = "scoring_ref_per_token_logps_bits"
 """Likewise of the reference that scores tokens, where it is another than the one that anchors the reward."""
 
+PAIR_WEIGHTS = "pair_weights_bits"
+"""Weights of the batch's pairs [B], from the rows' column "weight"; see `to_bits`."""
+
 
 def to_bits(logps: torch.Tensor) -> torch.Tensor:
-    """Log-probs as the int32 bits of their float32 values.
+    """Log-probs, or other floats, as the int32 bits of their float32 values.
 
     Trainers cast every float of a batch to the model's dtype (bf16 under DeepSpeed, say) and leave integers alone.
     """

@@ -220,7 +220,7 @@ def _flag(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
-    return [flag, str(value)]
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
 
 
 if __name__ == "__main__":

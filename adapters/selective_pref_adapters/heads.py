@@ -61,8 +61,27 @@ def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitS
         logps, *statistics = model(**inputs_of(model, batch), completion_labels=labels, statistics=True)
     else:
         logps, *statistics = _dense_logps_and_statistics(model(**inputs_of(model, batch)).logits, labels)
-    entropy, mean_logits, is_top1 = statistics
-    return logps, LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
+    return logps, _named(statistics)
+
+
+def model_logps_statistics_and_auxiliary_loss(model: Any, batch: Batch) -> tuple[Tensor, LogitStatistics, Tensor]:
+    """`model_logps_and_statistics` of a mixture of experts, and the load-balancing loss [] of its routers.
+
+    Args: as `model_per_token_logps`; the model's forward takes `output_router_logits`.
+    """
+    labels, inputs = labels_of(batch), {**inputs_of(model, batch), "output_router_logits": True}
+    if _is_served(model):
+        logps, *statistics, auxiliary = model(**inputs, completion_labels=labels, statistics=True)
+    else:
+        outputs = model(**inputs)
+        logps, *statistics = _dense_logps_and_statistics(outputs.logits, labels)
+        auxiliary = outputs.aux_loss
+    return logps, _named(statistics), auxiliary
+
+
+def _named(statistics: list[Tensor]) -> LogitStatistics:
+    entropy, mean_logits, is_top1, squares = statistics
+    return LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, log_sum_sq_probs=squares)
 
 
 def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
@@ -146,6 +165,8 @@ def _class_with_fused_head(own: Any) -> type:
     ) -> Any:
         if completion_labels is None:
             return own.forward(self, *args, **kwargs)
+        if kwargs.get("output_router_logits"):
+            return _with_auxiliary_loss(self, functools.partial(own.forward, self, *args, **kwargs), completion_labels)
         if not _is_fused(self):
             dense = _dense_logps_and_statistics if statistics else _dense_logps
             return dense(own.forward(self, *args, **kwargs).logits, completion_labels)
@@ -168,6 +189,26 @@ def _is_fused(causal: Any) -> bool:
     return causal._fused_head is not False and _not_plain(causal.get_output_embeddings()) is None
 
 
+def _with_auxiliary_loss(causal: Any, forward: Callable[[], Any], labels: Tensor) -> tuple[Tensor, ...]:
+    """(log-probs, statistics, load-balancing loss []), the last from the model's own forward.
+
+    Where the head is fused, that forward gets one column of the hidden states for logits, which nothing reads.
+    """
+    if not _is_fused(causal):
+        outputs = forward()
+        return (*_dense_logps_and_statistics(outputs.logits, labels), outputs.aux_loss)
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden[..., :1]
+
+    with _forward_replaced(causal.get_output_embeddings(), keep):
+        auxiliary = forward().aux_loss
+    hidden = seen[0][:, -labels.shape[1] :]  # a soft prompt stands in front
+    return (*_call_head(causal, hidden[:, :-1], labels[:, 1:], True), auxiliary)
+
+
 @torch.compiler.disable
 def _call_head(causal: Any, hidden: Tensor, labels: Tensor, statistics: bool) -> Any:
     """Log-probs [B T] (and statistics) from the head, which is called as a module with its forward replaced."""
@@ -178,7 +219,7 @@ def _call_head(causal: Any, hidden: Tensor, labels: Tensor, statistics: bool) ->
         if not statistics:
             return fused_per_token_logps(hidden, head.weight, places, bias=head.bias, **options)
         logps, found = fused_logps_and_statistics(hidden, head.weight, places, bias=head.bias, **options)
-        return logps, found.entropy, found.mean_logits, found.is_top1
+        return logps, found.entropy, found.mean_logits, found.is_top1, found.log_sum_sq_probs
 
     with _forward_replaced(head, fused):
         return head(hidden)
@@ -206,7 +247,7 @@ def _dense_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _dense_logps_and_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """(log-probs, entropy, mean logit, whether the label is the top one), each [B T] and 0 off the completions."""
+    """(log-probs, entropy, mean logit, whether the label is the top one, log Σ p²), [B T] and 0 off the completions."""
     with torch.no_grad():
         shifted, targets = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
         counts = targets != IGNORE_INDEX
@@ -214,7 +255,8 @@ def _dense_logps_and_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor,
         entropy = -torch.where(logps.exp() > 0, logps.exp() * logps, 0.0).sum(-1)
         found = shifted.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         is_top1 = (found >= shifted.amax(-1)) & counts
-    return _dense_logps(logits, labels), entropy * counts, shifted.mean(-1) * counts, is_top1
+        squares = torch.where(counts, (2 * logps).logsumexp(-1), 0.0)
+    return _dense_logps(logits, labels), entropy * counts, shifted.mean(-1) * counts, is_top1, squares
 
 
 # --- whether the fused head gives the same numbers -------------------------------------------------------------------

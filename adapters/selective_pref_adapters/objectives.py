@@ -8,65 +8,141 @@ there are no names of losses further in.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from selective_pref import (
     Objective,
-    Pool,
     PreferenceLoss,
-    Ties,
+    Response,
+    ScoreFunction,
+    SelectionRatio,
     alignment_scores,
-    dpo_loss,
-    selective_dpo_loss,
+    combine_losses,
+    select,
     sft_loss,
     simpo_loss,
+    weigh_pairs,
 )
 from selective_pref_adapters.batch import Batch, responses
+from selective_pref_adapters.named_losses import NamedLoss, check_name, unread_numbers
+from selective_pref_adapters.options import UNREAD, LossOptions, SelectionOptions
 
 NEEDS_REFERENCE = ("selective_dpo", "dpo")
 """Objectives that compare the policy with a reference; the others read none."""
 
 
-def make_objective(
-    name: str,
-    *,
-    beta: float,
-    selection_ratio: float = 1.0,
-    selection_pool: Pool = "response",
-    selection_ties: Ties = "share",
-    gamma: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Objective:
+def make_objective(name: str, **numbers: Any) -> Objective:
     """The loss that a configuration names, with its numbers bound; those it does not read are ignored here.
 
     Args:
         name: "selective_dpo", "dpo", "simpo" or "sft". Distilled DPO is "dpo" with a stronger reference.
-        beta, selection_ratio, selection_pool, selection_ties, gamma, label_smoothing: as in `selective_pref`.
+        numbers: fields of `LossOptions` that are not to have their defaults.
 
     Raises:
-        ValueError: an unknown name. The numbers are checked when the objective is called: see `check_objective`.
+        ValueError: an unknown name, of the objective or of a loss. Numbers are checked when the objective is called:
+            see `check_objective`.
     """
-    objectives: dict[str, Objective] = {
-        "selective_dpo": partial(
-            selective_dpo_loss,
-            beta=beta,
-            selection_ratio=selection_ratio,
-            pool=selection_pool,
-            ties=selection_ties,
-            label_smoothing=label_smoothing,
+    check_name("objective", name, UNREAD)
+    options = LossOptions(**numbers)
+    losses: dict[str, Callable[[], Objective]] = {
+        "selective_dpo": lambda: selective_objective(options, pair_loss(options)),
+        "dpo": lambda: pair_loss(options),
+        "simpo": lambda: partial(
+            simpo_loss, beta=options.beta, gamma=options.gamma, label_smoothing=options.label_smoothing
         ),
-        "dpo": partial(dpo_loss, beta=beta, label_smoothing=label_smoothing),
-        "simpo": partial(simpo_loss, beta=beta, gamma=gamma, label_smoothing=label_smoothing),
-        "sft": sft_loss,
+        "sft": lambda: sft_loss,
     }
-    if name not in objectives:
-        raise ValueError(f"objective must be one of {sorted(objectives)}; got {name!r}")
-    return objectives[name]
+    made = losses[name]()
+    return made if options.sft_weight == 0 or name in ("selective_dpo", "sft") else WithSft(made, options.sft_weight)
+
+
+def pair_loss(options: LossOptions) -> NamedLoss:
+    """The sum of losses that `loss_type` names, of all tokens."""
+    return NamedLoss(
+        loss_type=as_names(options.loss_type),
+        loss_weights=options.loss_weights,
+        beta=options.beta,
+        label_smoothing=options.label_smoothing,
+        f_divergence_type=options.f_divergence_type,
+        f_alpha_divergence_coef=options.f_alpha_divergence_coef,
+        discopop_tau=options.discopop_tau,
+        ld_alpha=options.ld_alpha,
+    )
+
+
+def unread(name: str, loss_type: str | Sequence[str], f_divergence_type: str) -> list[str]:
+    """The fields of `LossOptions` that an objective, with these losses, does not read: setting one is an error."""
+    if name not in ("selective_dpo", "dpo"):
+        return list(UNREAD[name])
+    return [*UNREAD[name], *unread_numbers(as_names(loss_type), f_divergence_type)]
+
+
+def as_names(loss_type: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+
+
+def selective_objective(
+    options: SelectionOptions,
+    loss: Objective,
+    *,
+    selection_ratio: SelectionRatio | None = None,
+    scores: ScoreFunction | None = None,
+) -> Objective:
+    """`loss` of the tokens that the options select, and their supervised term.
+
+    Args:
+        options: ratio, pool, ties, threshold, `sft_weight`.
+        loss: any objective that honours token weights.
+        selection_ratio: in place of the options', at a step of a warm-up.
+        scores: what tokens are selected by; None for the alignment score.
+    """
+    selection: dict[str, Any] = {
+        "selection_ratio": options.selection_ratio if selection_ratio is None else selection_ratio,
+        "pool": options.selection_pool,
+        "ties": options.selection_ties,
+        "min_score": options.min_score,
+        "scores": scores,
+    }
+    made = Selective(loss, selection)
+    return made if options.sft_weight == 0 else WithSft(made, options.sft_weight)
+
+
+@dataclass(frozen=True)
+class Selective:
+    """An objective of the selected tokens: ``loss(*select(chosen, rejected, **selection))``."""
+
+    loss: Objective
+    selection: Mapping[str, Any]
+
+    def __call__(self, chosen: Response, rejected: Response, **scores: Any) -> PreferenceLoss:
+        """The losses of a batch of pairs; `scores=` takes the place of the selection's own."""
+        return self.loss(*select(chosen, rejected, **{**self.selection, **scores}))
+
+
+@dataclass(frozen=True)
+class WithSft:
+    """An objective and, `weight` times, the supervised loss of the whole chosen response (RPO, Pang et al. 2024)."""
+
+    loss: Callable[..., PreferenceLoss]
+    weight: float
+
+    def __call__(self, chosen: Response, rejected: Response, **scores: Any) -> PreferenceLoss:
+        """The losses of a batch of pairs."""
+        supervised = sft_loss(replace(chosen, weights=None), replace(rejected, weights=None))
+        return combine_losses((1.0, self.loss(chosen, rejected, **scores)), (self.weight, supervised))
+
+
+def selects(selection_ratio: SelectionRatio, min_score: float | None = None) -> bool:
+    """Whether some tokens may be left out."""
+    several = isinstance(selection_ratio, (tuple, list))
+    return min_score is not None or any(ratio < 1 for ratio in (selection_ratio if several else [selection_ratio]))
 
 
 def check_objective(objective: Objective, *, reference: bool = True) -> PreferenceLoss:
@@ -118,6 +194,8 @@ def loss_of_batch(
     per_token_logps: Tensor,
     ref_per_token_logps: Tensor | None = None,
     scoring_ref_per_token_logps: Tensor | None = None,
+    *,
+    pair_weights: Tensor | None = None,
 ) -> PreferenceLoss:
     """What `objective` says of a batch: the last arrows of every adapter.
 
@@ -127,15 +205,41 @@ def loss_of_batch(
         per_token_logps: the policy's [2B T].
         ref_per_token_logps: of the reference that anchors the reward [2B T], or None for losses without one.
         scoring_ref_per_token_logps: of the reference that scores the tokens (Eq. 6) [2B T], where it is another.
+        pair_weights: what the losses are multiplied by [B], at least 0; None for 1. They are not made to have a mean
+            of 1: a pair counts for the same whatever other pairs are in its batch.
     """
     if ref_per_token_logps is not None:
         ref_per_token_logps = without_rounding(ref_per_token_logps, per_token_logps)
     chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps)
     if scoring_ref_per_token_logps is None:
-        return objective(chosen, rejected)
-    scoring = without_rounding(scoring_ref_per_token_logps, per_token_logps)
-    scores = alignment_scores(*responses(batch, per_token_logps, scoring))
-    return objective(chosen, rejected, scores=scores)  # type: ignore[call-arg]
+        out = objective(chosen, rejected)
+    else:
+        scoring = without_rounding(scoring_ref_per_token_logps, per_token_logps)
+        scores = alignment_scores(*responses(batch, per_token_logps, scoring))
+        out = objective(chosen, rejected, scores=scores)  # type: ignore[call-arg]
+    return out if pair_weights is None else weigh_pairs(out, pair_weights, total=float(len(pair_weights)))
+
+
+def logged_numbers(name: str, value: Any) -> dict[str, float]:
+    """A number under its name; a pair of them, a ratio for each side, under two."""
+    if not isinstance(value, (tuple, list)):
+        return {name: value}
+    return dict(zip((f"{name}/chosen", f"{name}/rejected"), value, strict=True))
+
+
+def policy_weights(per_token_logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
+    """WPO's weights [B]: how likely the policy finds a pair, compared with its own samples (Zhou et al. 2024, Eq. 2).
+
+    exp of the mean over a response's tokens of log π(y_t) − log Σ_v π(v)², chosen times rejected; constants.
+
+    Args:
+        per_token_logps: the policy's [2B T].
+        log_sum_sq_probs: of the same logits [2B T], see `LogitStatistics`.
+        mask: which tokens count, bool [2B T].
+    """
+    ratios = torch.where(mask, per_token_logps.detach() - log_sum_sq_probs.detach(), 0.0)
+    chosen, rejected = (ratios.sum(-1) / mask.sum(-1).clamp(min=1)).exp().chunk(2)
+    return chosen * rejected
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,25 @@ from typing import Literal, TypeAlias
 from selective_pref import Pool, Ties
 
 ObjectiveName: TypeAlias = Literal["selective_dpo", "dpo", "simpo", "sft"]
+LossName: TypeAlias = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+"""The pair losses, by TRL's names; `docs/maths.md` says which function each is."""
+DivergenceName: TypeAlias = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 Truncation: TypeAlias = Literal["keep_start", "keep_end"]
 
 PAPER_MAX_LENGTH = 4096
@@ -26,8 +45,12 @@ class SelectionOptions:
     beta: float = field(
         default=0.01, metadata={"help": "Strength of the pull towards the reference (SimPO's reward scale)."}
     )
-    selection_ratio: float = field(
-        default=0.4, metadata={"help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO."}
+    selection_ratio: float | tuple[float, float] = field(
+        default=0.4,
+        metadata={
+            "help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO. Two numbers: a share for the chosen and "
+            "one for the rejected response."
+        },
     )
     selection_pool: Pool = field(
         default="response",
@@ -36,13 +59,39 @@ class SelectionOptions:
     selection_ties: Ties = field(
         default="share", metadata={"help": "What happens to tokens that stand exactly on the threshold."}
     )
+    min_score: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep only tokens whose score is above this (nats), at most selection_ratio of them; with ratio 1 "
+            "the threshold alone."
+        },
+    )
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped labels, in [0, 0.5)."})
+    sft_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a supervised term beside the loss, over every chosen token (RPO)."},
+    )
 
 
 @dataclass(kw_only=True)
 class LossOptions(SelectionOptions):
     """The numbers of every objective that has a name; each objective reads some of them (`UNREAD` lists the others)."""
 
+    loss_type: tuple[LossName, ...] = field(
+        default=("sigmoid",), metadata={"help": "The pair loss, by TRL's name; several are added up (MPO)."}
+    )
+    loss_weights: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "A weight for each loss_type; default 1."}
+    )
+    f_divergence_type: DivergenceName = field(
+        default="reverse_kl", metadata={"help": "f-divergence between policy and reference (f-DPO)."}
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Coefficient of alpha_divergence."})
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop, in (0, 1]."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "What tokens behind the length of the shorter response count for, in [0, 1] (LD-DPO)."},
+    )
     gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, in units of the reward."})
 
 
@@ -144,12 +193,20 @@ class TrainConfig(LossOptions, TrainInputs):
     """How long processes wait for one another before the run ends with an error."""
 
 
-_SELECTION = ("selection_ratio", "selection_pool", "selection_ties")
+_SELECTION = ("selection_ratio", "selection_pool", "selection_ties", "min_score")
+_PAIR_LOSS = (
+    "loss_type",
+    "loss_weights",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "ld_alpha",
+)
 UNREAD: dict[str, tuple[str, ...]] = {
     "selective_dpo": ("gamma",),
     "dpo": ("gamma", *_SELECTION),
-    "simpo": _SELECTION,
-    "sft": ("beta", "gamma", "label_smoothing", *_SELECTION),
+    "simpo": (*_PAIR_LOSS, *_SELECTION),
+    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *_PAIR_LOSS, *_SELECTION),
 }
 """Options of the loss that an objective does not read: setting one is an error."""
 

@@ -22,10 +22,13 @@ from selective_pref import (
     mean_log_ratio,
     pair_losses,
     preference_loss,
+    select,
     summed_log_ratio,
     token_sft_loss,
     weigh_pairs,
 )
+from selective_pref_adapters.named_losses import NamedLoss
+from selective_pref_adapters.objectives import loss_of_batch, make_objective, policy_weights
 from tiny import text_rows
 
 BETA, SMOOTHING, ALPHA = 0.5, 0.1, 0.5
@@ -59,6 +62,13 @@ DIVERGENCES = {
     "js_divergence": divergences.js_divergence,
     "alpha_divergence": partial(divergences.alpha_divergence, alpha=ALPHA),
 }
+
+
+def pair() -> tuple[Response, Response]:
+    torch.manual_seed(0)
+    policy, ref = -torch.rand(6, 8), -torch.rand(6, 8)
+    mask = torch.arange(8) < torch.tensor([8, 5, 3, 6, 8, 1])[:, None]
+    return Response.from_stacked(per_token_logps=policy, mask=mask, ref_per_token_logps=ref)
 
 
 class Recording(nn.Module):
@@ -106,6 +116,11 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, refer
     return made
 
 
+def named(*names: str, **numbers: Any) -> NamedLoss:
+    smoothing = 0.0 if names[0] in ("sigmoid", "sigmoid_norm") else SMOOTHING  # TRL's ignore it
+    return NamedLoss(loss_type=names, beta=BETA, label_smoothing=smoothing, f_alpha_divergence_coef=ALPHA, **numbers)
+
+
 def compare(trainer: Any, ours: Objective, **stock: Any) -> None:
     """TRL's loss of a batch, and its gradient at the log-probs, beside ours of the same log-probs."""
     before = {name: getattr(trainer, name) for name in stock}
@@ -138,6 +153,77 @@ def test_the_list_is_trls_own(trainer: Any) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_each_loss_is_trls_in_value_and_gradient(trainer: Any, name: str) -> None:
     compare(trainer, OURS[name], loss_types=[name], loss_weights=[1.0])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_name_of_a_configuration_is_trls(trainer: Any, name: str) -> None:
+    compare(trainer, named(name), loss_types=[name], loss_weights=[1.0])
+    chosen, rejected = pair()
+    ours = make_objective("selective_dpo", selection_ratio=1.0, beta=BETA, loss_type=name, label_smoothing=1e-3)
+    plain = make_objective("dpo", beta=BETA, loss_type=name, label_smoothing=1e-3)
+    assert torch.equal(ours(chosen, rejected).losses, plain(chosen, rejected).losses)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_name_reads_the_selected_tokens_and_reports_log_ratios(name: str) -> None:
+    chosen, rejected = pair()
+    ours = make_objective("selective_dpo", selection_ratio=(0.5, 0.25), loss_type=name, beta=BETA, label_smoothing=0.1)
+    out = ours(chosen, rejected)
+    selected = select(chosen, rejected, selection_ratio=(0.5, 0.25))
+    assert torch.equal(
+        out.losses, make_objective("dpo", loss_type=name, beta=BETA, label_smoothing=0.1)(*selected).losses
+    )
+    torch.testing.assert_close(out.chosen_rewards, BETA * summed_log_ratio(chosen))
+    torch.testing.assert_close(out.rejected_selected_rewards, BETA * summed_log_ratio(selected[1]))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "aot", "apo_zero"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_length_desensitisation_is_trls(trainer: Any, name: str, alpha: float) -> None:
+    compare(trainer, named(name, ld_alpha=alpha), loss_types=[name], loss_weights=[1.0], ld_alpha=alpha)
+
+
+def test_the_supervised_term_of_a_sum_reads_every_token_under_length_desensitisation(trainer: Any) -> None:
+    ours = named("sigmoid", "sft", loss_weights=[1.0, 0.5], ld_alpha=0.3)
+    compare(trainer, ours, loss_types=["sigmoid", "sft"], loss_weights=[1.0, 0.5], ld_alpha=0.3)
+
+
+def test_sums_by_name_are_trls(trainer: Any) -> None:
+    names, weights = ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]
+    compare(trainer, named(*names, loss_weights=weights), loss_types=names, loss_weights=weights)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_by_name_are_trls(trainer: Any, divergence: str) -> None:
+    ours = named("sigmoid_norm", f_divergence_type=divergence)
+    compare(trainer, ours, loss_types=["sigmoid_norm"], loss_weights=[1.0], f_divergence_type=divergence)
+
+
+def test_policy_weights_are_trls(trainer: Any) -> None:
+    """TRL computes them inside its loss, from the statistics of its fused head."""
+    policy, inputs = Recording(trainer.model), next(iter(trainer.get_train_dataloader()))
+    mask = inputs["completion_mask"][:, 1:].bool()
+    logits = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    squares = (logits.double().softmax(-1) ** 2).sum(-1).log()
+
+    class WithSquares(nn.Module):
+        def forward(self, **given: Any) -> Any:
+            outputs = policy(**given)
+            outputs.log_sum_sq_probs = squares.float()
+            return outputs
+
+    trainer.use_weighting = True
+    try:
+        expected = trainer.compute_loss(WithSquares(), dict(inputs))
+    finally:
+        trainer.use_weighting = False
+    weights = policy_weights(policy.log_probs, squares, mask)
+    assert 0.01 < weights.min() < weights.max()
+    ours = loss_of_batch(
+        make_objective("dpo", beta=BETA), inputs, policy.log_probs, trainer.ref_model.log_probs, pair_weights=weights
+    )
+    torch.testing.assert_close(ours.loss, expected, rtol=2e-5, atol=2e-6)
+    assert not weights.requires_grad
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge"])

@@ -22,8 +22,8 @@ from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
 from selective_pref_adapters.models import check_no_auxiliary_loss, check_savable, check_trainable
-from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective
-from selective_pref_adapters.options import UNREAD, TrainConfig
+from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective, unread
+from selective_pref_adapters.options import LossOptions, TrainConfig
 
 
 def check_config(config: TrainConfig) -> None:
@@ -53,7 +53,7 @@ def check_config(config: TrainConfig) -> None:
         if getattr(config, space) is not None and getattr(config, store) is None:
             raise ValueError(f"{space} says which part of {store} to read: give {store}")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in UNREAD[config.objective]:
+    for name in unread(config.objective, config.loss_type, config.f_divergence_type):
         if getattr(config, name) != defaults[name]:
             raise ValueError(f"objective {config.objective!r} does not read {name}: leave it out")
     above_0 = ("learning_rate", "max_grad_norm", "epochs", "batch_size", "gradient_accumulation_steps")
@@ -98,15 +98,8 @@ def check_hardware(config: TrainConfig) -> None:
 
 def configured_objective(config: TrainConfig) -> Objective:
     """The loss that the configuration names, as a callable (chosen, rejected) → PreferenceLoss."""
-    return make_objective(
-        config.objective,
-        beta=config.beta,
-        selection_ratio=config.selection_ratio,
-        selection_pool=config.selection_pool,
-        selection_ties=config.selection_ties,
-        gamma=config.gamma,
-        label_smoothing=config.label_smoothing,
-    )
+    numbers = {option.name: getattr(config, option.name) for option in dataclasses.fields(LossOptions)}
+    return make_objective(config.objective, **numbers)
 
 
 def usable_folder(config: TrainConfig) -> Path:

@@ -80,7 +80,7 @@ from selective_pref_adapters.monitoring import (
     mean_over_pairs,
     non_finite_error,
 )
-from selective_pref_adapters.objectives import loss_of_batch
+from selective_pref_adapters.objectives import loss_of_batch, selects
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate
 from selective_pref_adapters.reference_store import ReferenceStore
@@ -136,7 +136,7 @@ def train(config: TrainConfig) -> TrainResult:
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
     notes += about_pairs
-    if config.objective == "selective_dpo" and config.selection_ratio < 1:
+    if config.objective == "selective_dpo" and selects(config.selection_ratio, config.min_score):
         notes += [SELF_REFERENCE] if is_initial_policy(scorer or anchor, policy) else []
     per_step = pairs_per_step(config, world_size)
     steps = number_of_steps(config, len(train_pairs), per_step)

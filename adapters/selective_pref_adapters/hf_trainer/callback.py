@@ -32,7 +32,7 @@ from selective_pref_adapters.hf_trainer.checks import (
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
-from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.objectives import Schedule, logged_numbers, selects
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
 from selective_pref_adapters.seeing.pictures import write_selection
 
@@ -191,7 +191,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
     def _selects(self) -> bool:
         """Whether the loss selects tokens: from the start, or at the end of a schedule."""
         final = {**self.loss.options, **self.loss.evaluation_numbers}["selection_ratio"]
-        return "selection_ratio" in self.loss.schedulable and final < 1
+        return "selection_ratio" in self.loss.schedulable and selects(final, self.loss.options["min_score"])
 
     # --- logs --------------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         windows = self.loss.windows
         if "loss" in logs and "learning_rate" in logs:
             for name in sorted(self.loss.schedulable):
-                logs[_SHORT[name]] = self.loss.numbers.get(name, self.loss.options[name])
+                logs.update(logged_numbers(_SHORT[name], self.loss.numbers.get(name, self.loss.options[name])))
             self._take(logs, windows["train"].close(), "")
             return
         for prefix in [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]:
@@ -212,7 +212,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         logs.update({f"{prefix}{name}": value for name, value in values.items() if name not in ("loss", DISTANCE)})
         if self.loss.non_finite == "skip" and means.pairs + means.left_out:
             logs[f"{prefix}{_SKIPPED}"] = means.left_out / (means.pairs + means.left_out)
-        selects = logs.get("selection/ratio", 1.0) < 1
+        ratios = [value for name, value in logs.items() if name.startswith("selection/ratio")]
+        some_left_out = selects(ratios or 1.0)
         if "rewards/margins" in values:
             seen = self.history.setdefault(prefix, [])
             beta = logs.get("selection/beta", 1.0)  # a schedule of β moves the margin, too
@@ -223,7 +224,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 self._warn(kind, prefix)
         if means.left_out:
             self._warn("non_finite", prefix)
-        if selects and values.get("selection/tied_fraction", 0.0) > MOSTLY_TIED:
+        if some_left_out and values.get("selection/tied_fraction", 0.0) > MOSTLY_TIED:
             self._warn("ties", prefix)
 
     def _warn(self, kind: str, prefix: str = "") -> None:

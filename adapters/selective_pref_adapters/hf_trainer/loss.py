@@ -27,7 +27,14 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     own_pairs,
 )
-from selective_pref_adapters.objectives import check_objective, loss_of_batch, make_objective, needs_reference
+from selective_pref_adapters.named_losses import check_name
+from selective_pref_adapters.objectives import (
+    check_objective,
+    loss_of_batch,
+    make_objective,
+    needs_reference,
+    unread,
+)
 from selective_pref_adapters.options import UNREAD, LossOptions
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, ref_logps_of
 
@@ -72,13 +79,15 @@ class SelectivePreferenceLoss:
             raise TypeError(f"a loss has no option {', '.join(unknown)}; it has {', '.join(sorted(defaults))}")
         if non_finite not in ("raise", "skip"):
             raise ValueError(f"non_finite must be 'raise' or 'skip'; got {non_finite!r}")
-        if callable(objective):
-            if options:
-                raise ValueError(f"a callable objective has its numbers bound already: leave {sorted(options)} out")
-        elif unread := sorted(options.keys() & set(UNREAD.get(objective, ()))):
-            raise ValueError(f"objective {objective!r} does not read {', '.join(unread)}: leave it out")
-        self.objective = objective
+        if callable(objective) and options:
+            raise ValueError(f"a callable objective has its numbers bound already: leave {sorted(options)} out")
         self.options = {**defaults, **options}
+        if isinstance(objective, str):
+            check_name("objective", objective, UNREAD)
+            not_read = unread(objective, self.options["loss_type"], self.options["f_divergence_type"])
+            if wrong := sorted(options.keys() & set(not_read)):
+                raise ValueError(f"objective {objective!r} does not read {', '.join(wrong)}: leave it out")
+        self.objective = objective
         self.non_finite = non_finite
         self.references = {
             key: open_reference(model)

@@ -167,6 +167,7 @@ def _signs(run: Run) -> dict[str, str]:
                 for kind in wrong_signs(seen, patience):
                     found.setdefault(kind, f"step {line['step']}: {SIGNS[kind].format(prefix=prefix)}")
             ratio = line.get("selection/ratio", run.config.get("selection_ratio", 1.0))
+            ratio = min(ratio) if isinstance(ratio, list) else ratio  # one for each side
             selects = ratio < 1 and run.config.get("objective", "selective_dpo") == "selective_dpo"
             if selects and line.get(f"{prefix}selection/tied_fraction", 0.0) > MOSTLY_TIED:
                 found.setdefault("ties", f"step {line['step']}: {SIGNS['ties'].format(prefix=prefix)}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from selective_pref import Objective, Response, ScoreFunction, alignment_scores, excess_loss_scores, selective_dpo_loss
-from selective_pref_adapters.objectives import Schedule, check_objective
+from selective_pref import Objective, Response, ScoreFunction, SelectionRatio, alignment_scores, excess_loss_scores
+from selective_pref_adapters.named_losses import NamedLoss, check_pairs_can_be_weighted, unread_numbers
+from selective_pref_adapters.objectives import Schedule, check_objective, selective_objective
 from selective_pref_adapters.options import SelectionOptions
+
+logger = logging.getLogger(__name__)
 
 OLDEST_TRL, FIRST_UNTRIED_TRL = "1.14", "1.17"
 """The supported range: from the first, below the second."""
@@ -58,7 +61,11 @@ SCORES: dict[str, ScoreFunction] = {
 class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     """`DPOConfig` with the options of a selection: those of `SelectionOptions`, and the following.
 
+    Every loss that `loss_type` names reads the selected tokens, "sft" too; `sft_weight` adds a supervised term over
+    every chosen token.
+
     Attributes:
+        selection_ratio: as in `SelectionOptions`; on a command line one number or two.
         max_length: tokens of prompt + completion; None for what policy and reference can read, at most the paper's
             4096 (the trainer then writes the number here). More than they can read is an error.
         selection_warmup_steps: optimiser steps over which the ratio falls from 1 (DPO) to `selection_ratio`.
@@ -72,6 +79,13 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
     """
 
+    selection_ratio: list[float] = field(  # a list, so that a command line may give one number or two
+        default_factory=lambda: [0.4],
+        metadata={
+            "help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO. Two numbers: a share for the chosen and "
+            "one for the rejected response."
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Tokens of prompt + completion. Default: what all models can read, at most 4096."},
@@ -99,25 +113,42 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
             self.scores = _name_of(self.scores)  # so that the configuration can be written down and sent around
         if self.reference_store is not None:
             self.reference_store = str(self.reference_store)
+        self.selection_ratio = one_or_two(self.selection_ratio)
         super().__post_init__()
         check_options(self)
 
-    def ratio(self, step: int | None = None) -> float:
-        """The share of tokens to keep, at an optimiser step or after the warm-up."""
-        warm_up = Schedule(start=1.0, end=self.selection_ratio, steps=self.selection_warmup_steps)
-        return self.selection_ratio if step is None else warm_up(step)
+    def ratio(self, step: int | None = None) -> SelectionRatio:
+        """The share of tokens to keep, or one for each side, at an optimiser step or after the warm-up."""
+        ratio: Any = self.selection_ratio
+        if step is None or self.selection_warmup_steps == 0:
+            return ratio
+
+        def warm_up(end: float) -> float:
+            return Schedule(start=1.0, end=end, steps=self.selection_warmup_steps)(step)
+
+        return (warm_up(ratio[0]), warm_up(ratio[1])) if isinstance(ratio, tuple) else warm_up(ratio)
 
     def objective(self, step: int | None = None) -> Objective:
         """The loss as a callable (chosen, rejected) → PreferenceLoss; at an optimiser step, during the warm-up."""
-        return partial(
-            selective_dpo_loss,
+        loss = NamedLoss(
+            loss_type=self.loss_type,
+            loss_weights=self.loss_weights,
             beta=self.beta,
-            selection_ratio=self.ratio(step),
-            scores=score_function(self.scores),
-            pool=self.selection_pool,
-            ties=self.selection_ties,
             label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+            ld_alpha=self.ld_alpha,
         )
+        ratio, scores = self.ratio(step), score_function(self.scores)
+        return selective_objective(self, loss, selection_ratio=ratio, scores=scores)
+
+
+def one_or_two(ratio: Any) -> Any:
+    """A list of one ratio as a number, one of two as a tuple; anything else as it is."""
+    if isinstance(ratio, (list, tuple)):
+        return ratio[0] if len(ratio) == 1 else tuple(ratio)
+    return ratio
 
 
 def score_function(name: str) -> ScoreFunction:
@@ -174,22 +205,18 @@ _READ = {
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
     "router_aux_loss_coef",
+    "loss_type",
+    "loss_weights",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "ld_alpha",
+    "use_weighting",
+    "padding_free",  # TRL says that it is not there at present, and pads
 }
 """Options of `DPOConfig` that mean under selection what they mean to the stock trainer."""
 
-_OTHER_LOSS = (
-    "the loss is -log sigmoid of the selected margins: for another, give the trainer objective=, any callable "
-    "(chosen, rejected) -> PreferenceLoss"
-)
 _INSTEAD = {
-    "loss_type": _OTHER_LOSS,
-    "loss_weights": _OTHER_LOSS,
-    "f_divergence_type": _OTHER_LOSS,
-    "f_alpha_divergence_coef": _OTHER_LOSS,
-    "discopop_tau": _OTHER_LOSS,
-    "ld_alpha": "which tokens count is decided by selection_ratio and scores: leave it out",
-    "use_weighting": "it would weight pairs by log-probs of tokens that were not selected: leave it out",
-    "padding_free": "the batch must be [2B T], chosen rows first: leave it out (TRL ignores it, too)",
     "label_smoothing_factor": "it smooths labels of tokens, not of pairs: set label_smoothing",
 }
 
@@ -213,9 +240,16 @@ def check_options(args: SelectiveDPOConfig) -> None:
         )
     if args.reference_space is not None and args.reference_store is None:
         raise ValueError("reference_space names a reference of a store: give reference_store, too")
-    check_objective(args.objective())  # β, ratio, pool, ties, label smoothing
+    if args.use_weighting:
+        check_pairs_can_be_weighted(args.loss_type)
+    check_objective(args.objective())  # β, ratio, pool, ties, the numbers of the losses
+    for name in unread_numbers(args.loss_type, args.f_divergence_type):
+        option = next(f for f in dataclasses.fields(args) if f.name == name)
+        if name != "beta" and getattr(args, name) != default_of(option):
+            logger.warning("%s=%r is not read by loss_type %s", name, getattr(args, name), ", ".join(args.loss_type))
 
 
 def default_of(option: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass field."""
-    return option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
+    """The default of a dataclass field, as a configuration holds it."""
+    default = option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
+    return one_or_two(default) if option.name == "selection_ratio" else default

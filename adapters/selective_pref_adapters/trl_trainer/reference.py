@@ -162,7 +162,7 @@ class TrainerReference:
         store = self._reference.store if isinstance(self._reference, StoredReference) else None
         if store is None and not self._fills:
             store = ReferenceStore.open(self._args.reference_store, self._args.reference_space)
-            store.check_tokenizer(self._trainer.processing_class)
+            store.check_tokenizer(self._trainer._tokenizer)
         if self._fills:
             with self._scorer() as model:
                 store = self._filled(store, model, pairs, batch_size)
@@ -208,14 +208,14 @@ class TrainerReference:
             model.to(trainer.accelerator.device)
         if store is None:
             label = model.config._name_or_path or "reference"
-            space = reference_space(model, self.tokenizer or trainer.processing_class, label=label)
+            space = reference_space(model, self.tokenizer or trainer._tokenizer, label=label)
             store = ReferenceStore.create(args.reference_store or DEFAULT_STORE, space)
-            store.check_tokenizer(trainer.processing_class)
+            store.check_tokenizer(trainer._tokenizer)
         fill_store(
             store,
             pairs,
             model,
-            pad_token_id=trainer.processing_class.pad_token_id,
+            pad_token_id=trainer._tokenizer.pad_token_id,
             batch_tokens=2 * batch_size * args.max_length,
             progress=not args.disable_tqdm,
         )

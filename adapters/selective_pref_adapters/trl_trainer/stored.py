@@ -29,12 +29,12 @@ class WithStoredReference:
         return {**batch, REF_LOGPS: to_bits(self.store.lookup(batch))}
 
 
-def check_stored_dataset(name: str, dataset: Any) -> None:
+def check_stored_dataset(dataset: Any) -> None:
     """Raises unless the data set can be read before training, as stored reference log-probs need."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"the {name} data set is a {type(dataset).__name__}: stored reference log-probs need one that is read "
-            "before training. Give a datasets.Dataset, or a ref_model and no store"
+            f"`precompute_ref_log_probs=True` and `reference_store` are not supported with {type(dataset).__name__}: "
+            "rows are scored, or looked up, before training. Give a datasets.Dataset, or a ref_model and leave both out"
         )
 
 
@@ -44,7 +44,7 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
     Raises:
         ValueError: the data set cannot be read twice, or a completion is not the end of its row.
     """
-    check_stored_dataset(name, dataset)
+    check_stored_dataset(dataset)
     pairs = []
     for number, example in enumerate(dataset):
         batch = collator([example])

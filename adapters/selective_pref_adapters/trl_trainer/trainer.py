@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from selective_pref import Objective, PreferenceLoss
+from selective_pref import NonFiniteError, Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
-from selective_pref_adapters.batch import Batch
-from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
+from selective_pref_adapters.batch import PAIR_WEIGHTS, Batch, from_bits
+from selective_pref_adapters.heads import (
+    install_fused_head,
+    model_logps_and_statistics,
+    model_logps_statistics_and_auxiliary_loss,
+)
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
 from selective_pref_adapters.models import check_reloadable, usable_length
 from selective_pref_adapters.monitoring import (
@@ -31,15 +35,26 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     own_pairs,
 )
-from selective_pref_adapters.objectives import loss_of_batch, needs_reference
+from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference, policy_weights
 from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
+from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
+from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, WithPairWeights, are_weighted, check_weights
 
 logger = logging.getLogger(__name__)
+
+_TITLE = (
+    "Not All Preferences are What You Need for Post-Training: Selective Alignment Strategy for Preference Optimization"
+)
+_CITATION = f"""@article{{dong2025selective,
+    title  = {{{{{_TITLE}}}}},
+    author = {{Zhijin Dong}},
+    year   = 2025,
+}}"""
 
 
 class SelectiveDPOTrainer(DPOTrainer):
@@ -51,7 +66,9 @@ class SelectiveDPOTrainer(DPOTrainer):
             a warning says so), or for whatever `args.reference_store` holds. It may have another size, but must have
             the policy's tokenizer.
         args: a `SelectiveDPOConfig`.
-        data_collator, train_dataset, eval_dataset, processing_class, others: as in `DPOTrainer`.
+        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+            quantization_config, peft_config: as in `DPOTrainer`. A column `weight` of the data sets multiplies the
+            losses of its rows.
         objective: any callable (chosen, rejected) → PreferenceLoss in place of the Selective-DPO that `args`
             describes. It is asked once whether it needs a reference; one that does not runs without.
 
@@ -62,7 +79,10 @@ class SelectiveDPOTrainer(DPOTrainer):
 
     _name = "Selective-DPO"
     _tag_names: ClassVar[list[str]] = ["trl", "dpo", "selective-dpo"]
-    _paper: ClassVar[dict[str, str]] = {}  # the model card would cite DPO's for it; the project's CITATION.cff has both
+    _paper: ClassVar[dict[str, str]] = {
+        "title": _TITLE,
+        "citation": _CITATION,
+    }
 
     def __init__(
         self,
@@ -73,9 +93,13 @@ class SelectiveDPOTrainer(DPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
         *,
         objective: Objective | None = None,
-        **others: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -83,7 +107,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         self._custom_objective = objective
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._checked = False
-        check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
+        check_arguments(args, objective, [train_dataset, *_all_sets(eval_dataset)])
         revision = (args.model_init_kwargs or {}).get("revision")
         configs = {"policy": config_of(model, args, revision=revision)}
         if ref_model is not None:
@@ -95,8 +119,8 @@ class SelectiveDPOTrainer(DPOTrainer):
             needed=needs_reference(objective or args.objective()),
             policy=model,
             ref_model=ref_model,
-            adapter=has_adapter(model, others.get("peft_config")),
-            quantization_config=others.get("quantization_config"),
+            adapter=has_adapter(model, peft_config),
+            quantization_config=quantization_config,
         )
         with self.reference.loaded_by_us() as beside_policy:
             super().__init__(
@@ -107,8 +131,15 @@ class SelectiveDPOTrainer(DPOTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                **others,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
             )
+        if any(are_weighted(dataset) for dataset in [train_dataset, *_all_sets(eval_dataset)]):
+            check_weights(args.loss_type, train_dataset)
+            self.data_collator = WithPairWeights(collator=self.data_collator)
         take_back_forward(self.model)
         self._check_once()
         if args.fused_head:
@@ -141,20 +172,37 @@ class SelectiveDPOTrainer(DPOTrainer):
 
         In an evaluation on several processes, pairs that were repeated to fill up the last batch are not counted.
         """
-        logps, statistics = model_logps_and_statistics(model, inputs)
+        auxiliary = None
+        with images_must_fit(self.args.max_length):
+            if self.aux_loss_enabled:
+                logps, statistics, auxiliary = model_logps_statistics_and_auxiliary_loss(model, inputs)
+            else:
+                logps, statistics = model_logps_and_statistics(model, inputs)
         ref_logps = self.reference.logps_of(inputs)
-        out = loss_of_batch(self.objective, inputs, logps, ref_logps)
+        pair_weights = self._pair_weights(inputs, logps, statistics)
+        out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=pair_weights)
         if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
-            raise non_finite_error(out, f"step {self.state.global_step + 1}")
+            error = non_finite_error(out, f"step {self.state.global_step + 1}")
+            raise NonFiniteError(f"{error}. With raise_on_non_finite=False the run goes on regardless") from error
         pairs = len(out.losses)
         own = pairs if self._mode == "train" else own_pairs(pairs)
-        self._add_metrics(inputs, out, logps, ref_logps, statistics, own)
+        self._add_metrics(inputs, out, logps, ref_logps, statistics, auxiliary, own)
         counted = torch.arange(pairs, device=out.losses.device) < own
         loss = out.loss if self._mode == "train" else evaluation_mean(out.losses, counted)
+        if auxiliary is not None:
+            loss = loss + self.router_aux_loss_coef * auxiliary.to(loss.device)
         if not return_outputs:
             return loss
         with torch.no_grad():  # the logits that `compute_metrics` asks for were never made
             return loss, model(**inputs_of(model, inputs))
+
+    def _pair_weights(self, inputs: Batch, logps: Tensor, statistics: LogitStatistics) -> Tensor | None:
+        """What the losses are multiplied by [B]: the rows' own weights, WPO's, or both; None for neither."""
+        weights = from_bits(inputs[PAIR_WEIGHTS]) if PAIR_WEIGHTS in inputs else None
+        if not self.args.use_weighting:
+            return weights
+        found = policy_weights(logps, statistics.log_sum_sq_probs, inputs["completion_mask"][:, 1:] != 0)
+        return found if weights is None else weights * found
 
     @property
     def objective(self) -> Objective:
@@ -191,6 +239,13 @@ class SelectiveDPOTrainer(DPOTrainer):
             self.data_collator = WithStoredReference(collator=self.data_collator, store=store)
         return dataset
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """TRL's columns, and the weights: others are taken from the rows before the collator sees them."""
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        if isinstance(columns, list) and WEIGHT_COLUMN not in columns:
+            columns.append(WEIGHT_COLUMN)
+
     # --- what is logged ----------------------------------------------------------------------------------------------
 
     @property
@@ -204,19 +259,25 @@ class SelectiveDPOTrainer(DPOTrainer):
         logps: Tensor,
         ref_logps: Tensor | None,
         statistics: LogitStatistics,
+        auxiliary: Tensor | None,
         own: int,
     ) -> None:
         """Adds a micro-batch to what is logged next: its first `own` pairs; others were seen before."""
         pairs = len(out.losses)
         if own < pairs:
             rows = torch.arange(2 * pairs, device=logps.device) % pairs < max(own, 1)
-            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
+            inputs = {name: inputs[name][rows] for name in ("completion_mask", "attention_mask")}
             statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})
-            out = loss_of_batch(self.objective, inputs, logps[rows], None if ref_logps is None else ref_logps[rows])
+            weights = None if out.pair_weights is None else out.pair_weights[rows[:pairs]]
+            some_ref = None if ref_logps is None else ref_logps[rows]
+            out = loss_of_batch(self.objective, inputs, logps[rows], some_ref, pair_weights=weights)
         metrics = batch_metrics(inputs, out, statistics)
+        if auxiliary is not None:
+            metrics["aux_loss"] = auxiliary
         if self._custom_objective is None:
-            metrics["selection/ratio"] = out.losses.new_tensor(self.args.ratio(self._step))
-            metrics["selection/beta"] = out.losses.new_tensor(self.args.beta)
+            numbers = logged_numbers("selection/ratio", self.args.ratio(self._step))
+            numbers["selection/beta"] = self.args.beta
+            metrics |= {name: out.losses.new_tensor(value) for name, value in numbers.items()}
         self._windows[self._mode].add(metrics, pairs=own)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,217 @@
+"""Options of `DPOConfig` through `SelectiveDPOTrainer`: at ratio 1 every step is the stock trainer's."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
+from tiny import make_mixture, make_text_and_image_model, text_rows
+
+ROWS = text_rows(12)
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def settings(folder: Path, **changed: Any) -> dict[str, Any]:
+    always = {"output_dir": str(folder / "out"), "use_cpu": True, "bf16": False, "report_to": [], "logging_steps": 1}
+    always |= {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no"}
+    return {**always, "max_length": 64, "disable_tqdm": True, "beta": 0.1, **changed}
+
+
+@pytest.fixture(scope="module")
+def mixture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mixture(tmp_path_factory.mktemp("mixture"), seed=1)
+
+
+def steps(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def run(
+    policy: Path, reference: Path, args: Any, rows: list[Any] = ROWS, trainer: Any = None
+) -> list[dict[str, float]]:
+    trainer = trainer or (SelectiveDPOTrainer if isinstance(args, SelectiveDPOConfig) else DPOTrainer)
+    return steps(
+        trainer(
+            model=str(policy),
+            ref_model=load(reference),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(policy),
+        )
+    )
+
+
+def assert_alike(policy: Path, reference: Path, tmp_path: Path, **options: Any) -> list[dict[str, float]]:
+    theirs = run(policy, reference, DPOConfig(**settings(tmp_path, **options)))
+    ours = run(policy, reference, SelectiveDPOConfig(**settings(tmp_path, selection_ratio=1.0, **options)))
+    for expected, got in zip(theirs, ours, strict=True):
+        for name, value in expected.items():
+            assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    return ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "ipo"},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"loss_type": "sft"},
+        {"loss_type": "aot", "label_smoothing": 0.1},
+        {"loss_type": "discopop", "discopop_tau": 0.1},
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"use_weighting": True},
+        {"loss_weights": [1.0], "ld_alpha": 1.0, "padding_free": True},
+    ],
+    ids=str,
+)
+def test_each_option_is_the_stock_trainers(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    assert_alike(policy_folder, reference_folder, tmp_path, **options)
+
+
+def test_length_desensitisation_is_the_stock_trainers_but_for_the_rewards_that_are_logged(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    """TRL logs rewards and log-probs of the weighted tokens; here those names are always of the full sequences."""
+    theirs = run(policy_folder, reference_folder, DPOConfig(**settings(tmp_path, ld_alpha=0.3)))
+    ours = SelectiveDPOConfig(**settings(tmp_path, selection_ratio=1.0, ld_alpha=0.3))
+    for expected, got in zip(theirs, run(policy_folder, reference_folder, ours), strict=True):
+        assert [got[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [expected[name] for name in ("loss", "grad_norm")], rel=1e-4
+        )
+        assert got["selection/rewards/margins"] == pytest.approx(expected["rewards/margins"], rel=1e-4)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_mixture_of_experts_learns_its_load_balance_as_the_stock_trainer_has_it(
+    mixture_folder: Path, reference_folder: Path, tmp_path: Path, coefficient: float | None, fused: bool
+) -> None:
+    args = settings(tmp_path, router_aux_loss_coef=coefficient)
+    theirs = run(mixture_folder, reference_folder, DPOConfig(**args))
+    ours = run(mixture_folder, reference_folder, SelectiveDPOConfig(**args, selection_ratio=1.0, fused_head=fused))
+    for expected, got in zip(theirs, ours, strict=True):
+        assert expected["aux_loss"] > 1
+        for name in ("loss", "grad_norm", "aux_loss"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_rows_count_for_their_weight(policy_folder: Path, reference_folder: Path, tmp_path: Path) -> None:
+    """A weight of 0 is as good as a row that is not there, twice the weight as good as the row twice."""
+    args = {"max_steps": 1, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "selection_ratio": 0.4}
+
+    def first(rows: list[Any], **changed: Any) -> dict[str, float]:
+        return run(
+            policy_folder, reference_folder, SelectiveDPOConfig(**settings(tmp_path, **{**args, **changed})), rows
+        )[0]
+
+    weighted = first([{**row, "weight": weight} for row, weight in zip(ROWS[:3], [0.0, 1.0, 2.0], strict=True)])
+    repeated = first([ROWS[1], ROWS[2], ROWS[2]])
+    assert weighted["grad_norm"] == pytest.approx(repeated["grad_norm"], rel=1e-5)
+    assert weighted["loss"] == pytest.approx(repeated["loss"], rel=1e-5)
+    assert weighted["pair_weight"] == pytest.approx(1.0)
+    assert first(ROWS[:3])["grad_norm"] != pytest.approx(repeated["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ([1.0, -1.0], {}, "weight of row 1 must be a finite number, at least 0; got -1.0"),
+        ([float("inf"), 1.0], {}, "weight of row 0 must be a finite number"),
+        ([0.0, 0.0], {}, "every weight is 0"),
+        ([1.0, 2.0], {"loss_type": "aot"}, "pairs cannot be weighted .* under aot: it sorts the batch"),
+    ],
+)
+def test_weights_that_mean_nothing(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path, weights: list[float], options: Any, message: str
+) -> None:
+    rows = [{**row, "weight": weight} for row, weight in zip(ROWS[:2], weights, strict=True)]
+    with pytest.raises(ValueError, match=message):
+        run(policy_folder, reference_folder, SelectiveDPOConfig(**settings(tmp_path, **options)), rows)
+
+
+def test_a_ratio_for_each_side_a_threshold_and_a_supervised_term(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    def first(**options: Any) -> dict[str, float]:
+        return run(policy_folder, reference_folder, SelectiveDPOConfig(**settings(tmp_path, **options)))[0]
+
+    sides = first(selection_ratio=[0.6, 0.1], selection_warmup_steps=4)
+    assert (sides["selection/ratio/chosen"], sides["selection/ratio/rejected"]) == (1.0, 1.0)
+    sides = first(selection_ratio=[0.6, 0.1])
+    assert (sides["selection/ratio/chosen"], sides["selection/ratio/rejected"]) == pytest.approx((0.6, 0.1))
+    threshold = first(selection_ratio=1.0, min_score=0.0)
+    assert 0 < threshold["selection/fraction"] < 1
+    plain, supervised = first(), first(sft_weight=0.5)
+    more = first(sft_weight=1.0)["loss"] - plain["loss"]
+    assert more > 0.1
+    assert supervised["loss"] - plain["loss"] == pytest.approx(more / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "sigmod"}, r"loss_type must be one of .*; got 'sigmod': did you mean 'sigmoid'\?"),
+        ({"loss_type": ["sigmoid", "kto"]}, "loss_type must be one of .*; got 'kto'$"),
+        ({"loss_type": []}, "loss_type must be a list of at least one name"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -1.0]}, "weight of a term must be a finite number"),
+        ({"loss_type": "exo_pair"}, "label_smoothing of exo_pair must be above 0"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type must be one of"),
+        ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "in which log Z cancels .*; not for nca_pair"),
+        ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], or None; got 1.5"),
+        ({"loss_type": "aot_unpaired", "use_weighting": True}, "pairs cannot be weighted .* under aot_unpaired"),
+        ({"min_score": float("nan")}, "min_score"),
+        ({"selection_ratio": [0.4, 0.1], "selection_pool": "pair"}, "two selection ratios need pool='response'"),
+        ({"selection_ratio": [0.4, 0.1, 0.2]}, "a number or a pair of numbers"),
+        ({"sft_weight": -1.0}, "weight of a term must be a finite number"),
+    ],
+)
+def test_options_of_a_loss_that_mean_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelectiveDPOConfig(**settings(tmp_path, **options))
+
+
+def test_a_number_that_no_loss_reads_is_accepted_as_by_the_stock_trainer_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        SelectiveDPOConfig(**settings(tmp_path, loss_type="hinge", label_smoothing=0.1, discopop_tau=0.1))
+    assert "label_smoothing=0.1 is not read by loss_type hinge" in caplog.text
+    assert "discopop_tau=0.1 is not read by loss_type hinge" in caplog.text
+
+
+def test_arguments_may_be_given_by_position(policy_folder: Path, reference_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    args = SelectiveDPOConfig(**settings(tmp_path))
+    rows = Dataset.from_list(ROWS)
+    trainer = SelectiveDPOTrainer(
+        str(policy_folder), load(reference_folder), args, None, rows, rows, tokenizer, None, [], (optimizer, None)
+    )
+    assert trainer.optimizer is optimizer
+    trainer.create_model_card()
+    card = Path(args.output_dir, "README.md").read_text()
+    assert "trained with Selective-DPO" in card
+    assert "Not All Preferences are What You Need" in card
+    assert "Zhijin Dong" in card
+
+
+def test_text_rows_on_a_model_that_also_reads_images(tmp_path: Path, reference_folder: Path) -> None:
+    folder = make_text_and_image_model(tmp_path / "seeing", seed=1)
+    args = SelectiveDPOConfig(**settings(tmp_path, selection_ratio=0.4))
+    assert all(line["grad_norm"] > 0 for line in run(folder, reference_folder, args))
