@@ -94,6 +94,13 @@ class LossOptions(SelectionOptions):
     )
     gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, in units of the reward."})
 
+    def __post_init__(self) -> None:
+        """Lists, which a file has in place of tuples, and a single name become tuples."""
+        self.loss_type = (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+        self.loss_weights = None if self.loss_weights is None else tuple(self.loss_weights)
+        if isinstance(self.selection_ratio, list):
+            self.selection_ratio = tuple(self.selection_ratio)
+
 
 @dataclass(kw_only=True)
 class TrainInputs:

@@ -48,7 +48,10 @@ def test_flags_win_over_the_file(
     policy_folder: Path, reference_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("beta: 0.5\nselection_ratio: 0.25\nmax_steps: 2\nskip_malformed_rows: true\n")
+    recipe.write_text(
+        "beta: 0.5\nselection_ratio: 0.25\nmax_steps: 2\nskip_malformed_rows: true\n"
+        "loss_type: [ipo, sft]\nloss_weights: [1.0, 0.5]\n"
+    )
     arguments = flags(policy_folder, reference_folder, pairs_file, tmp_path / "out")
     assert main(["train", "--config", str(recipe), *arguments, "--beta", "0.125"]) == 0
     written = (tmp_path / "out" / "config.yaml").read_text()

@@ -28,7 +28,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from selective_pref import NonFiniteError, dpo_loss, selective_dpo_loss, sft_loss, simpo_loss
+from selective_pref import (
+    NonFiniteError,
+    combine_losses,
+    dpo_loss,
+    pair_losses,
+    preference_loss,
+    select,
+    selective_dpo_loss,
+    sft_loss,
+    simpo_loss,
+    token_sft_loss,
+)
 from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.hf_trainer import (
@@ -168,6 +179,13 @@ def test_the_loss_is_the_cores_on_the_same_log_probs(
         "simpo": simpo_loss(*bare, beta=0.3, gamma=0.7, label_smoothing=0.1),
         "sft": sft_loss(*bare),
     }
+    mixed = combine_losses(
+        (0.8, preference_loss(*select(*sides, selection_ratio=(0.5, 0.2)), pair_loss=pair_losses.hinge, beta=0.3)),
+        (0.2, token_sft_loss(*select(*sides, selection_ratio=(0.5, 0.2)))),
+    )
+    named = {"loss_type": ("hinge", "sft"), "loss_weights": (0.8, 0.2), "selection_ratio": (0.5, 0.2), "beta": 0.3}
+    value = SelectivePreferenceLoss(ref_model=model_of(reference_folder), **named)(logps, labels, 6)
+    torch.testing.assert_close(value, mixed.loss)
     numbers = {"beta": 0.3, "label_smoothing": 0.1}
     options = {
         "selective_dpo": {**numbers, "selection_ratio": 0.5, "selection_pool": "pair"},
@@ -972,9 +990,11 @@ def test_options_of_the_objects_that_make_no_sense(
     for make, message in (
         (lambda: SelectivePreferenceLoss("kto"), "objective must be one of"),
         (lambda: SelectivePreferenceLoss(beta=0.0), "beta must be a finite number above 0"),
-        (lambda: SelectivePreferenceLoss(ratio=0.4), "a loss has no option ratio; it has beta, gamma,"),
+        (lambda: SelectivePreferenceLoss(ratio=0.4), "a loss has no option ratio; it has beta, discopop_tau,"),
         (lambda: SelectivePreferenceLoss(selection_ratio=40), "40 % is 0.4"),
         (lambda: SelectivePreferenceLoss("dpo", selection_ratio=0.4), "'dpo' does not read selection_ratio"),
+        (lambda: SelectivePreferenceLoss(loss_type="sigmod"), "got 'sigmod': did you mean 'sigmoid'"),
+        (lambda: SelectivePreferenceLoss(loss_type="hinge", label_smoothing=0.1), "does not read label_smoothing"),
         (lambda: SelectivePreferenceLoss(sft_loss, beta=0.1), "numbers bound already"),
         (lambda: SelectivePreferenceLoss(ref_model="a/name"), "must be a loaded model; got str 'a/name'"),
         (lambda: SelectivePreferenceLoss(non_finite="hide"), "'raise' or 'skip'"),

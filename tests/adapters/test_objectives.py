@@ -14,6 +14,7 @@ from selective_pref_adapters.objectives import (
     check_objective,
     loss_of_batch,
     make_objective,
+    unread,
     without_rounding,
 )
 
@@ -104,3 +105,46 @@ def test_rounding_selects_no_token() -> None:
         assert numbers["selection/tied_fraction"].item() == 1
         assert numbers["rewards/accuracies"].item() == 0
         assert numbers["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_the_numbers_of_a_selection_reach_it() -> None:
+    rows, logps, ref, _ = batch()
+    numbers = {"selection_ratio": (0.6, 0.2), "min_score": -0.1, "selection_ties": "first"}
+    ours = loss_of_batch(make_objective("selective_dpo", beta=0.1, **numbers), rows, logps, ref)
+    core = select(*responses(rows, logps, ref), selection_ratio=(0.6, 0.2), min_score=-0.1, ties="first")
+    assert torch.equal(ours.chosen_weights, core[0].token_weights)
+    assert torch.equal(ours.rejected_weights, core[1].token_weights)
+
+
+@pytest.mark.parametrize("name", ["selective_dpo", "dpo", "simpo"])
+def test_the_supervised_term_reads_every_chosen_token(name: str) -> None:
+    rows, logps, ref, scoring = batch()
+    plain, with_term = (
+        loss_of_batch(make_objective(name, beta=0.1, selection_ratio=0.4, sft_weight=weight), rows, logps, ref)
+        for weight in (0.0, 0.5)
+    )
+    expected = plain.losses - 0.5 * logps[:2, 1:].mean(-1)  # the first place is the prompt's
+    torch.testing.assert_close(with_term.losses, expected)
+    assert torch.equal(with_term.chosen_weights, plain.chosen_weights)
+    if name == "selective_dpo":  # a reference that scores is passed on
+        objective = make_objective(name, beta=0.1, selection_ratio=0.4, sft_weight=0.5)
+        scored = loss_of_batch(objective, rows, logps, ref, scoring)
+        assert torch.equal(scored.chosen.scores, alignment_scores(*responses(rows, logps, scoring))[0])
+
+
+def test_what_an_objective_does_not_read_depends_on_its_losses() -> None:
+    assert "label_smoothing" not in unread("dpo", "sigmoid", "reverse_kl")
+    assert {"label_smoothing", "discopop_tau", "selection_ratio"} <= set(unread("dpo", ("hinge", "sft"), "reverse_kl"))
+    assert "discopop_tau" not in unread("selective_dpo", ("hinge", "discopop"), "reverse_kl")
+    assert "f_alpha_divergence_coef" not in unread("selective_dpo", "sigmoid", "alpha_divergence")
+    assert "loss_type" in unread("simpo", "sigmoid", "reverse_kl")
+
+
+def test_pairs_count_for_their_weight() -> None:
+    rows, logps, ref, _ = batch()
+    weights = torch.tensor([0.5, 3.0])
+    objective = make_objective("dpo", beta=0.1)
+    plain = loss_of_batch(objective, rows, logps, ref)
+    torch.testing.assert_close(
+        loss_of_batch(objective, rows, logps, ref, pair_weights=weights).losses, weights * plain.losses
+    )
