@@ -69,7 +69,7 @@ def outcomes(checkout: Path, work: Path, trainer: str, expression: str) -> dict[
     assert trainer == "stock" or TRAINERS[trainer] in (tests / "test_dpo_trainer.py").read_text(encoding="utf-8")
     (tests.parent / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     results = tests.parent / "results.xml"
-    command = [sys.executable, "-m", "pytest", str(tests / "test_dpo_trainer.py"), "-q", "--tb=short", "-k", expression]
+    command = [sys.executable, "-m", "pytest", str(tests / "test_dpo_trainer.py"), "-v", "--tb=short", "-k", expression]
     command += ["-c", str(tests.parent / "pytest.ini"), "--rootdir", str(tests.parent), f"--junitxml={results}"]
     run([*command, "-p", "no:cacheprovider"], cwd=work / "hub", may_fail=True)
     return {case.get("name", ""): outcome(case) for case in ET.parse(results).getroot().iter("testcase")}

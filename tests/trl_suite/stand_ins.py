@@ -48,6 +48,7 @@ IMAGE_MODELS = {
 }
 DATA_SETS = ("zen", "zen_image", "zen_multi_image", "harmony", "toolcall")
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<|image|>", "<|boi|>", "<|eoi|>", "<|video|>", "<|audio|>"]
+SPECIAL += ["<|endoftext|>", "<unk>", "<s>", "</s>", "<bos>", "<eos>"]  # what classes of tokenizers would add
 
 
 def make_stand_ins(checkout: Path, folder: Path) -> None:
