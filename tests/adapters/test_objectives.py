@@ -109,9 +109,11 @@ def test_rounding_selects_no_token() -> None:
 
 def test_the_numbers_of_a_selection_reach_it() -> None:
     rows, logps, ref, _ = batch()
-    numbers = {"selection_ratio": (0.6, 0.2), "min_score": -0.1, "selection_ties": "first"}
+    numbers = {"selection_ratio": (0.8, 0.6), "min_score": 0.1, "selection_ties": "first"}
     ours = loss_of_batch(make_objective("selective_dpo", beta=0.1, **numbers), rows, logps, ref)
-    core = select(*responses(rows, logps, ref), selection_ratio=(0.6, 0.2), min_score=-0.1, ties="first")
+    core = select(*responses(rows, logps, ref), selection_ratio=(0.8, 0.6), min_score=0.1, ties="first")
+    without = select(*responses(rows, logps, ref), selection_ratio=(0.8, 0.6), ties="first")
+    assert not torch.equal(core[0].token_weights, without[0].token_weights)
     assert torch.equal(ours.chosen_weights, core[0].token_weights)
     assert torch.equal(ours.rejected_weights, core[1].token_weights)
 
