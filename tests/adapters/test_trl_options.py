@@ -211,6 +211,19 @@ def test_arguments_may_be_given_by_position(policy_folder: Path, reference_folde
     assert "Zhijin Dong" in card
 
 
+def test_4_bit_weights_on_a_cpu_are_refused(policy_folder: Path, reference_folder: Path, tmp_path: Path) -> None:
+    policy = load(policy_folder)
+    policy.is_loaded_in_4bit = True  # as bitsandbytes marks a model, which is not installed here
+    with pytest.raises(ValueError, match=r"4 bits, and on a CPU .* train it on a GPU, or load it without quantization"):
+        SelectiveDPOTrainer(
+            model=policy,
+            ref_model=load(reference_folder),
+            args=SelectiveDPOConfig(**settings(tmp_path)),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(policy_folder),
+        )
+
+
 def test_text_rows_on_a_model_that_also_reads_images(tmp_path: Path, reference_folder: Path) -> None:
     folder = make_text_and_image_model(tmp_path / "seeing", seed=1)
     args = SelectiveDPOConfig(**settings(tmp_path, selection_ratio=0.4))

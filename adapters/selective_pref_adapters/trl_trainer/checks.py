@@ -66,6 +66,11 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
         check_same_tokenizer(tokenizer, ref_tokenizer)
     if reference is not None:
         check_token_ids(max(tokenizer.get_vocab().values()), {"reference": reference}, where="the policy's tokenizer: ")
+    if getattr(model, "is_loaded_in_4bit", False) and trainer.accelerator.device.type == "cpu":
+        raise ValueError(
+            "the policy's weights have 4 bits, and on a CPU bitsandbytes packs them for inference alone as soon as the "
+            "reference is scored: train it on a GPU, or load it without quantization"
+        )
     check_trainable(model)
     for note in check_savable(model, tokenizer):
         logger.warning("%s", note)
