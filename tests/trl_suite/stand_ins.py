@@ -189,8 +189,11 @@ def _make_image_base(folder: str, kind: str, texts: list[str]) -> None:
 
 
 _HUB_SIZES = {  # where the hub's configuration differs from its class's defaults
-    "gemma3": {"vision_config": {"patch_size": 14, "image_size": 896}},
-    "gemma4": {"vision_config": {}},
+    "gemma3": {"vision_config": {"patch_size": 14, "image_size": 896, "vision_use_head": False}},
+    "gemma4": {
+        "vision_config": {},
+        "text_config": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    },
 }
 _PLACEHOLDER = {
     kind: "<|boi|><|image|><|eoi|>" for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
