@@ -24,6 +24,7 @@ from selective_pref_adapters.train_config import Truncation
 
 MAX_LENGTH = 4096  # the paper's
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
+_SPANS = ("chosen_unscored", "rejected_unscored")
 
 
 class PreferenceLabels(dict[str, Any]):
@@ -125,7 +126,8 @@ class PreferenceCollator:
             )
         place = str(row.get("place", place))
         if set(_IDS) <= row.keys():
-            return TokenizedPair(**{name: row[name] for name in _IDS}, place=place)
+            spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
+            return TokenizedPair(**{name: row[name] for name in _IDS}, **spans, place=place)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(MAX_LENGTH, self.tokenizer.model_max_length)

@@ -21,7 +21,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
+from selective_pref_adapters.pairs import (
+    TokenizedPair,
+    check_same_tokenizer,
+    parse_columns,
+    read_rows,
+    tokenize_pairs,
+)
 from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, prune, rows_of_pairs
 from selective_pref_adapters.score_config import ScoreConfig
 from selective_pref_adapters.scoring import (
@@ -204,16 +210,18 @@ def load_pairs(
     if config.max_length is not None and context is not None and config.max_length > context:
         raise ValueError(f"max_length {config.max_length} is longer than the reference can read ({context} tokens)")
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
-    rows = read_rows(str(config.pairs), malformed)
+    notes: list[str] = []
+    rows = read_rows(str(config.pairs), malformed, columns=parse_columns(config.columns), notes=notes)
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
         max_length=config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH),
         truncation_mode=config.truncation_mode,
         keep_unteachable=True,  # who trains on them looks for them
+        malformed=malformed,
         progress=progress,
     )
-    notes = report.lines()
+    notes += report.lines()
     if malformed:
         notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
     return pairs, notes

@@ -20,15 +20,17 @@ class ScoreConfig:
     ref_model: str | None = None
     """Reference: a folder or hub id of a causal language model; with --url, the name it is served under."""
     pairs: str | None = None
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     tokenizer: str | None = None
     """The policy's model or tokenizer: pairs are tokenised by it. Default: the reference's own."""
     max_length: int | None = None
     """Tokens of prompt + completion, the same as in training. Default: what the reference can read, at most 4096."""
     truncation_mode: Truncation = "keep_start"
     """keep_start cuts the end of what is too long, keep_end the start; the same as in training."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
-    """Leave out rows that are no preference pair (counted), instead of stopping at the first."""
+    """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the reference's weights; log-probs are stored in float32."""
     attention: str | None = None

@@ -21,7 +21,7 @@ class TrainConfig:
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
     pairs: str
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     ref_model: str | None = None
     """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
     reference_store: str | None = None
@@ -58,8 +58,10 @@ class TrainConfig:
     """Tokens of prompt + completion; default: what both models can read, at most the paper's 4096."""
     truncation_mode: Truncation = "keep_start"
     """keep_start cuts the end of what is too long, keep_end the start."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
-    """Leave out rows that are no preference pair (counted), instead of stopping at the first."""
+    """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"

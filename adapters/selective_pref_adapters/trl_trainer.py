@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from datasets import DatasetDict
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -36,7 +38,7 @@ from selective_pref_adapters.monitoring import (
     same_weights,
 )
 from selective_pref_adapters.objectives import loss_of_batch
-from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.pairs import TokenizedPair, parse_columns
 from selective_pref_adapters.reference_cache import ReferenceStore
 from selective_pref_adapters.scoring import fill_store, model_identity, reference_space
 from selective_pref_adapters.trl_config import (
@@ -46,6 +48,16 @@ from selective_pref_adapters.trl_config import (
     check_stored_dataset,
     needs_reference,
     selects_by_alignment,
+)
+from selective_pref_adapters.trl_data import (
+    READ_ROW,
+    TRAINED_COLUMNS,
+    check_collator,
+    dataset_of_rows,
+    is_list_of_rows,
+    mask_as_spans,
+    own_collator,
+    prepared,
 )
 
 from trl.trainer.utils import create_model_from_path, use_adapter  # isort: skip
@@ -65,7 +77,10 @@ class SelectiveDPOTrainer(DPOTrainer):
             a warning says so), or for whatever `args.reference_store` holds. It may have another size, but must have
             the policy's tokenizer.
         args: a `SelectiveDPOConfig`.
-        data_collator, train_dataset, eval_dataset, processing_class, others: as in `DPOTrainer`.
+        train_dataset, eval_dataset: raw rows as in `DPOTrainer`, of any schema that the reader of `pairs` knows; rows
+            as `read_rows` gives them; or rows with `prompt_ids`, `chosen_ids` and `rejected_ids`. The reader splits and
+            tokenises them, as for every other trainer here, unless `args.stock_tokenization` says that TRL shall.
+        data_collator, processing_class, others: as in `DPOTrainer`.
         objective: any callable (chosen, rejected) → PreferenceLoss in place of the Selective-DPO that `args`
             describes. It is asked once whether it needs a reference; one that does not runs without.
 
@@ -95,6 +110,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
         self._custom_objective = objective
+        train_dataset, eval_dataset = _as_datasets(train_dataset), _as_datasets(eval_dataset)
         check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
         self._needs_reference = needs_reference(objective or args.objective())
         self._stores = self._needs_reference and (args.reference_store is not None or args.precompute_ref_log_probs)
@@ -128,6 +144,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         finally:
             args.precompute_ref_log_probs = precompute
+        self._use_own_collator()
         check_models(self.model, ref_model, self.processing_class, self._ref_tokenizer)
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
@@ -206,12 +223,50 @@ class SelectiveDPOTrainer(DPOTrainer):
             for module, training in modes.items():
                 module.training = training
 
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's hook for tokenising. Here the one reader of this library does it."""
+        if args.stock_tokenization:
+            if READ_ROW in (dataset.column_names or ()):
+                raise ValueError(
+                    "stock_tokenization needs raw rows: give the data set as it is, not rows that are read"
+                )
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with PartialState().main_process_first():
+            return prepared(
+                dataset,
+                processing_class,
+                dataset_name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                columns=parse_columns(args.columns),
+                skip_malformed_rows=args.skip_malformed_rows,
+                num_proc=args.dataset_num_proc,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in TRAINED_COLUMNS if name not in self._signature_columns]
+
+    def _use_own_collator(self) -> None:
+        """Puts our collator in the place of TRL's; one that was given stays, if it can do what the data ask of it."""
+        if not isinstance(self.data_collator, WithStoredReference):
+            self.data_collator = own_collator(self.data_collator)
+            for dataset in (self.train_dataset, *_all_sets(self.eval_dataset)):
+                check_collator(self.data_collator, dataset, "given")
+
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As in `DPOTrainer`; rows as `read_rows` gives them will do, too."""
+        return super().evaluate(_as_datasets(eval_dataset), *arguments, **options)
+
     # --- stored references -------------------------------------------------------------------------------------------
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's hook for one float a sequence. Here every token's log-prob is in the store afterwards, or it raises."""
         if not self._stores:
             return dataset
+        self._use_own_collator()
         pairs = pairs_of(dataset, getattr(self.data_collator, "collator", self.data_collator), name)
         if self._fills:
             with self._reference() if self._scorer is None else nullcontext(self._scorer) as reference:
@@ -298,7 +353,7 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
     """The token ids of every row as the collator will cut them.
 
     Raises:
-        ValueError: the data set cannot be read twice, or a completion is not the end of its row.
+        ValueError: the data set cannot be read twice.
     """
     check_stored_dataset(name, dataset)
     pairs = []
@@ -307,20 +362,18 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
         sides = []
         for row in range(2):
             attended = batch["attention_mask"][row] != 0
-            completion = batch["completion_mask"][row][attended] != 0
             ids = batch["input_ids"][row][attended].tolist()
-            prompt_length = len(ids) - int(completion.sum())
-            if bool(completion[:prompt_length].any()):
-                raise ValueError(f"{name}, row {number}: only completions that end their row can be stored")
-            sides.append((ids, prompt_length))
-        (chosen_ids, chosen_prompt_length), (rejected_ids, rejected_prompt_length) = sides
+            sides.append((ids, *mask_as_spans(batch["completion_mask"][row][attended] != 0)))
+        (chosen_ids, chosen_start, chosen_unscored), (rejected_ids, rejected_start, rejected_unscored) = sides
         pairs.append(
             TokenizedPair(
                 chosen_ids=chosen_ids,
                 rejected_ids=rejected_ids,
-                chosen_prompt_length=chosen_prompt_length,
-                rejected_prompt_length=rejected_prompt_length,
-                place=f"{name}, row {number}",
+                chosen_prompt_length=chosen_start,
+                rejected_prompt_length=rejected_start,
+                chosen_unscored=chosen_unscored,
+                rejected_unscored=rejected_unscored,
+                place=example.get("place", f"{name}, row {number}"),
             )
         )
     return pairs
@@ -407,6 +460,13 @@ def tokenizer_of(reference: Any, args: SelectiveDPOConfig) -> Any:
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer with the reference %s, so it is not compared with the policy's: %s", name, error)
         return None
+
+
+def _as_datasets(data: Any) -> Any:
+    """Data sets as TRL takes them: lists of rows that are read become one."""
+    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+        return {name: _as_datasets(one) for name, one in data.items()}
+    return dataset_of_rows(data) if is_list_of_rows(data) else data
 
 
 def _all_sets(datasets: Any) -> list[Any]:
