@@ -143,7 +143,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
         ("a.jsonl.zst", b"not packed", r"cannot be read as a \.jsonl\.zst file"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-9], r"cannot be read as a \.jsonl\.gz file"),
         ("a.parquet", b"no table", r"not a readable Parquet file"),
-        ("a.csv", b'prompt,chosen,rejected\n"a,b,c\n', r"a\.csv:2: not readable as CSV"),
+        ("a.csv", b'prompt,chosen,rejected\n"a,b,c\n', r"a\.csv:1: not readable as CSV"),
         ("a.csv", "prompt,chosen,rejected\na,é,c\n".encode("latin-1"), r"not readable as CSV in UTF-8"),
         ("a.json", b'{"train": [], "test": []}', r"expected a list of rows.*got an object with the lists"),
         ("a.json", b'{"a": 1}', r"got an object with \['a'\]"),

@@ -119,7 +119,10 @@ SCHEMAS: dict[str, tuple[str, Any, list[tuple[Any, Any, Any]]]] = {
     "content in parts, nulls": (
         "TRL conversational",
         lambda n: {
-            "prompt": [{"role": "system", "content": PARTS, "name": None}, user(Q[n])],
+            "prompt": [
+                {"role": "system", "content": PARTS, "name": None},
+                {"role": "user", "content": [{"type": "text", "text": Q[n]}]},
+            ],
             "chosen": [{**assistant(GOOD[n]), "tool_calls": None}],
             "rejected": [{**assistant(BAD[n]), "tool_calls": []}],
         },
@@ -281,7 +284,7 @@ def test_schemas_in_one_file_are_each_counted(tmp_path: Path) -> None:
     notes: list[str] = []
     read = read_rows(write_jsonl(tmp_path / "mixed.jsonl", rows), notes=notes)
     assert [(one.prompt, one.chosen, one.rejected) for one in read] == [some[0] for _, _, some in SCHEMAS.values()]
-    assert notes[0].startswith("mixed.jsonl: TRL conversational rows: 8, ShareGPT rows: 4, ms-swift rows: 3")
+    assert notes[0].startswith("mixed.jsonl: TRL conversational rows: 9, ShareGPT rows: 4, ms-swift rows: 3")
 
 
 def test_tools_and_template_options_as_objects_or_as_text() -> None:
@@ -334,9 +337,7 @@ def test_several_turns_of_a_completion() -> None:
         side: [*asked, assistant("b"), *more, assistant(end)] for side, end in (("chosen", "c"), ("rejected", "d"))
     }
     assert preference_row(same_start, "here").prompt == [*asked, assistant("b"), *more]
-    read = preference_row(
-        {**same_start, "prompt": asked}, "here"
-    )  # the first answer is said to belong to the completion
+    read = preference_row({**same_start, "prompt": asked}, "here")  # so the first answer belongs to the completion
     assert read.chosen == [assistant("b"), *more, assistant("c")]
 
 
@@ -403,7 +404,7 @@ TRL = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ),
         ({"prompt": "[{'role': 'user', 'content': 'a'}]", "chosen": "b", "rejected": "c"}, r"not JSON.*json\.dumps"),
         ({**TRL, "tools": "{"}, r"'tools' must be JSON"),
-        ({**TRL, "chosen": "half \ud83d of a smile"}, r"'chosen' holds half of a character, '\\ud83d' at 5 of 20"),
+        ({**TRL, "chosen": "half \ud83d of a smile"}, r"'chosen' holds half of a character, '\\ud83d' at 5 of 17"),
         ({"prompt": [user("\udc00")], "chosen": "b", "rejected": "c"}, r"'prompt' holds half of a character"),
         ({"messages": [user("a")], "rejected_response": "b"}, r"'messages' must end with the chosen answer"),
         (
