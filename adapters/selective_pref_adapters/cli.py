@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
     "dpo": "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
     "score": "log-probs of a reference into a store, once for all runs that read them",
+    "rows": "how each row of a file is read and tokenised, and what is left out, before anything is trained",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return {"train": _train, "dpo": _dpo, "score": _score, "demo": _demo}[command](rest)
+        return {"train": _train, "dpo": _dpo, "score": _score, "rows": _rows, "demo": _demo}[command](rest)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
@@ -114,6 +115,26 @@ _SCORE = """Score pairs with a reference, once, into a store that training reads
 
 Only what the store lacks is scored, so the same command goes on after a kill. --stat, --verify and --prune look after
 a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
+"""
+
+
+def _rows(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.rows_config import RowsConfig
+
+    flags = _with_config_file(arguments, RowsConfig)
+    config = tyro.cli(RowsConfig, args=flags, prog="selective-pref rows", description=_ROWS)
+
+    from selective_pref_adapters.rows_command import show_rows
+
+    return show_rows(config)
+
+
+_ROWS = """Show how rows are read: schema, prompt and completion tokens with the boundary, what is cut and left out.
+
+The exit status is 1 where nothing can be trained on. `--config FILE.yaml` reads flags from a file; flags on the command
+line win.
 """
 
 

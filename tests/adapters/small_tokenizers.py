@@ -34,7 +34,8 @@ TEMPLATES = {
         "{% set content = content.split('</think>')[-1].lstrip() %}"
         "{% if loop.index0 > last.at and (loop.last or thought) %}"
         "{{ '<think>\n' + thought.strip() + '\n</think>\n\n' }}{% endif %}{{ content }}"
-        "{% for c in m['tool_calls'] or [] %}{{ '<tool_call>' + (c['function'] | tojson) + '</tool_call>' }}{% endfor %}"
+        "{% for call in m['tool_calls'] or [] %}"
+        "{{ '<tool_call>' + (call['function'] | tojson) + '</tool_call>' }}{% endfor %}"
         "{% else %}{{ content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),

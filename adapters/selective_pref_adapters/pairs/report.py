@@ -14,6 +14,7 @@ EQUAL = "chosen and rejected are equal"
 SAME_TOKENS = "chosen and rejected have the same tokens"
 NO_COMPLETION = "no completion left after truncation"
 EQUAL_AFTER = "chosen and rejected are equal after truncation"
+UNWRITTEN = "a tool call that the chat template does not write"
 UNSEEN = "no token of the completion is the assistant's"
 
 _REMEDIES = {
@@ -22,6 +23,7 @@ _REMEDIES = {
     EQUAL: "neither is better; repair or remove the rows",
     SAME_TOKENS: "the chat template (or the tokenizer) leaves out what they differ in, such as reasoning or tool "
     "calls; use a template that shows it",
+    UNWRITTEN: "the answer would be trained on as if it were empty; use a template that writes tool_calls",
     UNSEEN: "the chat template rewrites earlier turns; mark the assistant's text in it with {% generation %}, or give "
     "one row for each answer",
 }

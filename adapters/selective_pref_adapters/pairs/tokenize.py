@@ -25,10 +25,11 @@ from selective_pref_adapters.pairs.report import (
     NO_COMPLETION,
     SAME_TOKENS,
     UNSEEN,
+    UNWRITTEN,
     WHITE_SPACE,
     TokenizationReport,
 )
-from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, RowError
+from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, Prose, RowError
 from selective_pref_adapters.pairs.split import common_prefix
 from selective_pref_adapters.pairs.turns import has_other_turns
 from selective_pref_adapters.train_config import Truncation
@@ -235,14 +236,24 @@ def _encoded(row: PreferenceRow, texts: tuple[str, str, str], ids: dict[str, lis
         rejected_unscored=unscored[1],
         place=row.place,
     )
-    reason = _nothing_in(row) or (None if seen else UNSEEN) or (SAME_TOKENS if _same(pair) else None)
+    template = "" if isinstance(row.prompt, str) else how.template(row.tools)
+    reason = _nothing_in(row) or (None if seen else UNSEEN)
+    if reason is None and "tool_calls" not in template and _calls(row.chosen, row.rejected):
+        reason = UNWRITTEN
+    if reason is None and _same(pair):
+        reason = SAME_TOKENS
     return EncodedRow(
         row=row,
         pair=pair,
         reason=reason,
         merged=boundary < len(prompt),
-        tools_unread=bool(row.tools) and "tools" not in how.template(row.tools),
+        tools_unread=bool(row.tools) and "tools" not in template,
     )
+
+
+def _calls(*sides: Prose) -> bool:
+    """Whether the assistant calls a tool in an answer."""
+    return any(not isinstance(side, str) and any(message.get("tool_calls") for message in side) for side in sides)
 
 
 def _shared(prompt: list[int], ids: list[int]) -> int:
