@@ -62,8 +62,8 @@ def _as_tensor(texts: list[str]) -> Tensor:
 class PreferenceCollator:
     """Pairs → one batch, chosen rows first, padded on the right: ``Trainer(data_collator=PreferenceCollator(tok))``.
 
-    It takes `TokenizedPair`s, dicts with the same four fields (a `datasets.Dataset` of them), or raw rows in TRL's
-    formats, which it tokenises as `tokenize_pairs` does.
+    It takes `TokenizedPair`s, dicts with the same fields (a `datasets.Dataset` of them), or raw rows of any schema that
+    `preference_row` reads, which it tokenises as `tokenize_pairs` does.
 
     Attributes:
         tokenizer: the policy's.
