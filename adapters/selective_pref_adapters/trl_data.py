@@ -39,6 +39,7 @@ READ_ROW = "preference_row"
 """The column of a data set that holds rows which are read already."""
 
 _MALFORMED = "malformed: "
+_SKIP = "skip_malformed_rows leaves such rows out and counts them"
 _SPANS = ListOf(ListOf(Value("int32")))
 _FEATURES = Features(
     {
@@ -60,7 +61,8 @@ TRAINED_COLUMNS = ("chosen_unscored", "rejected_unscored")
 
 def dataset_of_rows(rows: Sequence[PreferenceRow]) -> Dataset:
     """Rows that are read already as a data set that a trainer can be given."""
-    return Dataset.from_dict({READ_ROW: [json.dumps(asdict(row)) for row in rows]})
+    features = Features({READ_ROW: Value("large_string")})  # more than 2 GB of text in one column
+    return Dataset.from_dict({READ_ROW: [json.dumps(asdict(row)) for row in rows]}, features=features)
 
 
 def is_list_of_rows(data: Any) -> bool:
@@ -188,7 +190,7 @@ def _tokenized(
             read.append(_row(raw, f"{name}, row {index}", columns))
         except RowError as error:
             if not skip:
-                raise
+                raise RowError(f"{error}. {_SKIP}", error.kind) from error
             read.append(error)
     encoded = encode_rows([row for row in read if isinstance(row, PreferenceRow)], tokenizer)
     out: dict[str, list[Any]] = {column: [] for column in _FEATURES}
@@ -217,7 +219,7 @@ def _malformed(error: RowError) -> dict[str, Any]:
 def _fitted(encoded: Any, max_length: int, mode: Truncation, skip: bool) -> dict[str, Any]:
     if encoded.error is not None:
         if not skip:
-            raise encoded.error
+            raise RowError(f"{encoded.error}. {_SKIP}", encoded.error.kind) from encoded.error
         return _malformed(encoded.error)
     cut, reason = encoded.fit(max_length, mode)
     pair = encoded.pair

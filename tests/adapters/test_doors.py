@@ -217,7 +217,7 @@ def test_bad_rows_of_a_data_set_are_named_or_counted(caplog: pytest.LogCaptureFi
     good = {"prompt": "the ", "chosen": "egg", "rejected": "pot"}
     data = Dataset.from_list([good, {"prompt": "the ", "chosen": "egg", "rejected": None}, good])
     options: dict[str, Any] = {"max_length": 8, "truncation_mode": "keep_start"}
-    with pytest.raises(RowError, match=r"train, row 1: no 'rejected'"):
+    with pytest.raises(RowError, match=r"train, row 1: no 'rejected'.*skip_malformed_rows leaves"):
         prepared(data, tokenizer, "train", **options)
     assert len(prepared(data, tokenizer, "train", skip_malformed_rows=True, **options)) == 2
     assert "1 malformed rows left out, the first: train, row 1: no 'rejected'" in caplog.text

@@ -393,6 +393,11 @@ TRL = {"prompt": "a", "chosen": "b", "rejected": "c"}
             {"prompt": [user("a")], "chosen": [assistant("b"), user("a")], "rejected": [assistant("c")]},
             r"'chosen' must begin and end with an assistant message after the prompt; got roles",
         ),
+        (
+            {"conversations": [human("a"), gpt("b")], "chosen": gpt("b"), "rejected": gpt("c")},
+            r"the prompt ends with an assistant message, 'b'",
+        ),
+        ({"prompt": [user("a"), assistant("b")], "chosen": "b", "rejected": "c"}, r"ends with an assistant message"),
         ({"prompt": [], "chosen": [assistant("b")], "rejected": [assistant("c")]}, r"the prompt holds no messages"),
         (
             {"prompt": "x" * 40, "chosen": "x" * 40 + "b", "rejected": "x" * 40 + "c"},

@@ -187,6 +187,8 @@ def test_every_reason_is_told_with_the_length_in_force_and_what_helps() -> None:
         {"prompt": ASKED, "chosen": [says("assistant", "")], "rejected": SHORT},
         {"prompt": ASKED, "chosen": " \n ", "rejected": "no"},
         {"prompt": "the egg ", "chosen": " \n", "rejected": "boils"},
+        {"prompt": "the egg ", "chosen": "boils", "rejected": "</s>\n"},
+        {"prompt": ASKED, "chosen": [says("assistant", "</s>")], "rejected": SHORT},
         {"prompt": ASKED, "chosen": "yes", "rejected": "yes"},
         {"prompt": long, "chosen": "yes", "rejected": "no"},
         {"prompt": ASKED, "chosen": "the egg boils in a pot", "rejected": "the egg boils in a minute"},
@@ -198,7 +200,7 @@ def test_every_reason_is_told_with_the_length_in_force_and_what_helps() -> None:
         {
             "chosen and rejected have the same tokens": 1,
             "a tool call that the chat template does not write": 1,
-            "empty completion": 1,
+            "empty completion": 3,
             "completion of white space alone": 2,
             "chosen and rejected are equal": 1,
             "no completion left after truncation": 1,

@@ -210,7 +210,7 @@ def _json_lines(file: Any, name: str) -> Iterator[RawRow]:
 def _json_file(file: Any, name: str) -> Iterator[RawRow]:
     """A list of rows, a row per line, or an object that holds one list of rows."""
     text = file.read()
-    first, _, rest = text.strip().removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+    first, _, rest = text.strip().partition(b"\n")
     if rest.strip() and isinstance(_json(first, name), dict):
         yield from _json_lines(io.BytesIO(text), name)
         return

@@ -75,10 +75,14 @@ def json_or(value: Any, what: str) -> Any:
         raise RowError(f"{what} must be JSON; got {value[:60]!r}: {error}") from error
 
 
+def has_more_than_text(message: Message) -> bool:
+    """Whether a message calls a tool, or keeps its reasoning beside its text."""
+    return any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+
+
 def says_something(message: Message) -> bool:
     """Whether a message has any text, tool call or reasoning."""
-    kept = (message.get("content"), message.get("reasoning_content"), message.get("thinking"))
-    return bool(message.get("tool_calls")) or any(isinstance(text, str) and text.strip() for text in kept)
+    return bool(message["content"].strip()) or has_more_than_text(message)
 
 
 def _read_messages(value: str, what: str) -> Messages:

@@ -46,7 +46,7 @@ class Rendering:
     def render(self, row: PreferenceRow, messages: Messages, **options: Any) -> Any:
         """A conversation through the chat template, by default as text."""
         return self.tokenizer.apply_chat_template(
-            messages, tools=row.tools, **{"tokenize": False, **row.template_options, **options}
+            messages, tools=row.tools, **{**row.template_options, "tokenize": False, **options}
         )
 
     def template(self, tools: Any) -> str:
@@ -83,6 +83,13 @@ class Rendering:
         end = self._added_end
         bare = ids[: -len(end)] if end else ids
         return bare if bare[-1:] == [self.tokenizer.eos_token_id] else ids
+
+    def without_eos(self, text: str) -> str:
+        """A text without white space around it, and without an EOS that it brings along at its end."""
+        bare = text.strip()
+        while self.eos and bare.endswith(self.eos):
+            bare = bare[: -len(self.eos)].rstrip()
+        return bare
 
     def unscored(self, row: PreferenceRow, side: Prose, text: str, ids: list[int], boundary: int) -> Spans | None:
         """See `unscored_spans`."""

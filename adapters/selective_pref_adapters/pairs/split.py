@@ -29,7 +29,9 @@ def split_pair(prompt: Prose | None, chosen: Prose, rejected: Prose, place: str)
         if isinstance(prompt, str):
             _check_not_repeated(prompt, chosen, rejected, place)
             return prompt, chosen, rejected
-        return prompt, [_assistant(chosen)], [_assistant(rejected)]
+        answers = [_assistant(chosen)], [_assistant(rejected)]
+        _check_ends(prompt, *answers, place)
+        return prompt, *answers
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
     if prompt is None:
@@ -121,6 +123,11 @@ def _check_ends(prompt: Messages, chosen: Messages, rejected: Messages, place: s
     """Raises unless there is something to answer, and the assistant has the first and the last word of the answers."""
     if not prompt:
         raise RowError(f"{place}: the prompt holds no messages: an answer needs something that it answers")
+    if prompt[-1]["role"] == "assistant":
+        raise RowError(
+            f"{place}: the prompt ends with an assistant message, {prompt[-1]['content'][:60]!r}, so the answers would "
+            "stand after an answer: is it one of the two? Take it out of the prompt"
+        )
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         roles = [message["role"] for message in side]
         if roles and not roles[0] == roles[-1] == "assistant":

@@ -16,7 +16,7 @@ from itertools import islice
 from tqdm.auto import tqdm
 
 from selective_pref_adapters.pairs.collate import Spans, TokenizedPair
-from selective_pref_adapters.pairs.messages import says_something
+from selective_pref_adapters.pairs.messages import has_more_than_text
 from selective_pref_adapters.pairs.rendering import Rendering, Tokenizer
 from selective_pref_adapters.pairs.report import (
     EMPTY,
@@ -237,7 +237,7 @@ def _encoded(row: PreferenceRow, texts: tuple[str, str, str], ids: dict[str, lis
         place=row.place,
     )
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)
-    reason = _nothing_in(row) or (None if seen else UNSEEN)
+    reason = _nothing_in(row, how) or (None if seen else UNSEEN)
     if reason is None and "tool_calls" not in template and _calls(row.chosen, row.rejected):
         reason = UNWRITTEN
     if reason is None and _same(pair):
@@ -260,12 +260,16 @@ def _shared(prompt: list[int], ids: list[int]) -> int:
     return len(prompt) if ids[: len(prompt)] == prompt else common_prefix(prompt, ids)
 
 
-def _nothing_in(row: PreferenceRow) -> str | None:
+def _nothing_in(row: PreferenceRow, how: Rendering) -> str | None:
     """Why the sides as they stand teach nothing."""
     for side in (row.chosen, row.rejected):
         if isinstance(side, str):
-            if not side.strip():
-                return WHITE_SPACE if side else EMPTY
-        elif not any(says_something(message) for message in side if message["role"] == "assistant"):
-            return WHITE_SPACE if any(message["content"] for message in side) else EMPTY
+            texts = [side]
+        else:
+            answers = [message for message in side if message["role"] == "assistant"]
+            if any(has_more_than_text(message) for message in answers):
+                continue
+            texts = [message["content"] for message in answers]
+        if not any(how.without_eos(text) for text in texts):
+            return WHITE_SPACE if any(text.isspace() for text in texts) else EMPTY
     return EQUAL if row.chosen == row.rejected else None
