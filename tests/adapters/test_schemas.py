@@ -40,6 +40,7 @@ BAD = [f"No {n}." for n in NUMBERS]
 TURNS = [([user(Q[n])], [assistant(GOOD[n])], [assistant(BAD[n])]) for n in NUMBERS]
 UNDER_SYSTEM = [([system("You cook."), user(Q[n])], [assistant(GOOD[n])], [assistant(BAD[n])]) for n in NUMBERS]
 LATER = [([user("Hi"), assistant("Hello."), user(Q[n])], [assistant(GOOD[n])], [assistant(BAD[n])]) for n in NUMBERS]
+EARLIER = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: "
 PARTS = [{"type": "text", "text": "You "}, {"type": "text", "text": "cook."}]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -73,9 +74,10 @@ SCHEMAS: dict[str, tuple[str, Any, list[tuple[Any, Any, Any]]]] = {
     "hh": (
         "TRL standard, implicit prompt",
         lambda n: {
-            side: f"\n\nHuman: {Q[n]}\n\nAssistant: {a[n]}" for side, a in (("chosen", GOOD), ("rejected", BAD))
+            "chosen": f"{EARLIER}{Q[n]}\n\nAssistant: {GOOD[n]}",
+            "rejected": f"{EARLIER}{Q[n]}\n\nAssistant: {BAD[n]}",
         },
-        [(f"\n\nHuman: {Q[n]}\n\nAssistant:", " " + GOOD[n], " " + BAD[n]) for n in NUMBERS],
+        [(f"{EARLIER}{Q[n]}\n\nAssistant:", " " + GOOD[n], " " + BAD[n]) for n in NUMBERS],
     ),
     "skywork": (
         "TRL conversational, implicit prompt",
