@@ -46,6 +46,7 @@ class TokenizationReport:
         truncated: kept pairs of which a side was cut.
         boundary_merged: kept pairs whose prompt ends in other tokens once a completion follows.
         tools_unread: kept pairs with tools that the chat template does not write.
+        unteachable: kept pairs that teach nothing (`keep_unteachable`).
         malformed: rows that the chat template refused, where that was not to be an error.
         max_length, truncation_mode: those in force.
     """
@@ -56,6 +57,7 @@ class TokenizationReport:
     truncated: int = 0
     boundary_merged: int = 0
     tools_unread: int = 0
+    unteachable: int = 0
     malformed: int = 0
     max_length: int = 0
     truncation_mode: str = "keep_start"
@@ -77,6 +79,12 @@ class TokenizationReport:
             lines.append(
                 f"{self.boundary_merged} of {self.kept} kept pairs have a prompt whose last tokens change when a "
                 "completion follows: their completion starts where the ids diverge"
+            )
+        if self.unteachable:
+            lines.append(
+                f"{self.unteachable} of {self.kept} kept pairs teach nothing (an empty completion or two equal sides): "
+                f"training leaves them out, but for TRL's own tokenisation; the other {self.kept - self.unteachable} are "
+                "trained on"
             )
         if self.tools_unread:
             lines.append(
