@@ -83,8 +83,8 @@ class TokenizationReport:
         if self.unteachable:
             lines.append(
                 f"{self.unteachable} of {self.kept} kept pairs teach nothing (an empty completion or two equal sides): "
-                f"training leaves them out, but for TRL's own tokenisation; the other {self.kept - self.unteachable} are "
-                "trained on"
+                f"training leaves them out, but for TRL's own tokenisation; the other {self.kept - self.unteachable} "
+                "are trained on"
             )
         if self.tools_unread:
             lines.append(
