@@ -82,9 +82,8 @@ class TokenizationReport:
             )
         if self.unteachable:
             lines.append(
-                f"{self.unteachable} of {self.kept} kept pairs teach nothing (an empty completion or two equal sides): "
-                f"training leaves them out, but for TRL's own tokenisation; the other {self.kept - self.unteachable} "
-                "are trained on"
+                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: only TRL's own "
+                f"tokenisation trains on them, every other training on the other {self.kept - self.unteachable} alone"
             )
         if self.tools_unread:
             lines.append(
