@@ -82,8 +82,8 @@ class TokenizationReport:
             )
         if self.unteachable:
             lines.append(
-                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: only TRL's own "
-                f"tokenisation trains on them, every other training on the other {self.kept - self.unteachable} alone"
+                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: only TRL's "
+                f"own tokenisation trains on them, all else on the other {self.kept - self.unteachable} alone"
             )
         if self.tools_unread:
             lines.append(
