@@ -126,7 +126,7 @@ def _rows(arguments: list[str]) -> int:
     flags = _with_config_file(arguments, RowsConfig)
     config = tyro.cli(RowsConfig, args=flags, prog="selective-pref rows", description=_ROWS)
 
-    from selective_pref_adapters.rows_command import show_rows
+    from selective_pref_adapters.pairs.command import show_rows
 
     return show_rows(config)
 

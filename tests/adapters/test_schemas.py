@@ -449,5 +449,5 @@ def test_schemas_meet_tokens_where_a_template_is_at_hand() -> None:
     (pair,), _ = tokenize_pairs([row], tokenizer, max_length=64)
     assert pair.chosen_ids == tokenizer.convert_tokens_to_ids(["user", "w1", "assistant", "w2", "</s>"])
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"here is a conversation \(Orca\), but the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"here is a conversation, but the tokenizer has no chat template \(Orca rows"):
         tokenize_pairs([row], tokenizer, max_length=64)

@@ -32,8 +32,9 @@ class Rendering:
             return row.prompt, row.prompt + self._ended(row.chosen), row.prompt + self._ended(row.rejected)
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"{row.place} is a conversation ({row.schema or 'messages'}), but the tokenizer has no chat template: "
-                "set one, or give rows whose columns are text that is read on without a break (--columns prompt=…)"
+                f"{row.place} is a conversation, but the tokenizer has no chat template ({row.schema or 'these'} rows "
+                "are read as messages): set one, or give rows that are text, read on without a break (--columns "
+                "prompt=…)"
             )
         try:
             prompt = self.render(row, row.prompt, add_generation_prompt=True)

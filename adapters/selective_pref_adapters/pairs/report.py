@@ -81,9 +81,10 @@ class TokenizationReport:
                 "completion follows: their completion starts where the ids diverge"
             )
         if self.unteachable:
+            others = self.kept - self.unteachable
             lines.append(
                 f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: only TRL's "
-                f"own tokenisation trains on them, all else on the other {self.kept - self.unteachable} alone"
+                f"own tokenisation trains on them, selective-pref train on the other {others} alone"
             )
         if self.tools_unread:
             lines.append(
