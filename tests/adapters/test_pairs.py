@@ -226,15 +226,6 @@ def test_a_prompt_that_merges_with_the_completion_ends_where_the_ids_diverge(tok
     assert report.boundary_merged == 1
 
 
-def test_both_sides_share_the_shorter_prompt(tokenizer) -> None:
-    """Only the rejected side changes how the prompt ends; the chosen completion starts there, too."""
-    ids = tokenizer.convert_tokens_to_ids
-    for chosen, rejected in ((" w2", "2 w3"), ("2 w3", " w2")):
-        (pair,), _ = tokenize_pairs([row("w0 w1", chosen, rejected)], tokenizer, max_length=64)
-        assert (pair.chosen_prompt_length, pair.rejected_prompt_length) == (1, 1)
-        assert ids(["w0", "w12", "w3", "</s>"]) in (pair.chosen_ids, pair.rejected_ids)
-
-
 def test_truncation_keeps_the_start_or_the_end(tokenizer) -> None:
     ids = tokenizer.convert_tokens_to_ids
     rows = [row("w0 w1 w2 ", "w3 w4 ", "w5 ")]
