@@ -239,7 +239,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# --- what two tokenizers mean ------------------------------------------------------------------------------------------
+# --- what two tokenizers mean -----------------------------------------------------------------------------------------
 
 
 def own_vocabulary(tokenizer: Any) -> dict[str, int]:
