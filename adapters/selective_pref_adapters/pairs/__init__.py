@@ -10,11 +10,11 @@ both sides equal) are left out and counted, never silently.
 
 from selective_pref_adapters.pairs.collate import IGNORE_INDEX, Spans, TokenizedPair, collate, completion_mask
 from selective_pref_adapters.pairs.reading import read_rows, scan_rows
-from selective_pref_adapters.pairs.rendering import Tokenizer, check_same_tokenizer, differing_token
 from selective_pref_adapters.pairs.report import TokenizationReport
 from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, RowError, split_by_prompt
 from selective_pref_adapters.pairs.schemas import Columns, parse_columns, preference_row
-from selective_pref_adapters.pairs.tokenize import EncodedRow, encode_rows, tokenize_pairs
+from selective_pref_adapters.pairs.tokenize import EncodedRow, Tokenizer, encode_rows, tokenize_pairs
+from selective_pref_adapters.pairs.vocabulary import check_same_tokenizer, differing_token
 
 __all__ = [
     "IGNORE_INDEX",
