@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = {"score": "what was scored is stored", "inspect": "nothing was written", "report": "nothing was written"}
+        left = {"score": "computed rows are stored", "inspect": "nothing was written", "report": "nothing was written"}
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
