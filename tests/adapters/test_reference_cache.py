@@ -716,10 +716,10 @@ def test_prune_keeps_every_intact_row_once(store: ReferenceStore) -> None:
     (store.folder / ".young.tmp").write_bytes(b"half")
     kept, lost, path = two_shards(store)
     path.write_bytes(path.read_bytes()[:-1])
-    done = prune(ReferenceStore.open(store.folder))
-    assert (done.rows, done.removed_rows) == (len(keys(pairs + kept)), 0)
-    assert done.shards_before > done.shards == len(shard_files(store)) == 1
-    assert done.bytes < done.bytes_before
+    earlier, now = prune(ReferenceStore.open(store.folder))
+    assert earlier.rows == now.rows == len(keys(pairs + kept))
+    assert earlier.shards > now.shards == len(shard_files(store)) == 1
+    assert now.bytes < earlier.bytes
     assert {p.name for p in store.folder.glob(".*.tmp")} == {".young.tmp"}
     reader = ReferenceStore.open(store.folder)
     assert (stored(reader, pairs + kept + lost), reader.damaged) == (keys(pairs + kept), {})
@@ -728,8 +728,7 @@ def test_prune_keeps_every_intact_row_once(store: ReferenceStore) -> None:
     assert shard_files(store) == before
 
     only = prune(reader, rows_of_pairs(pairs[:3]))
-    assert only.rows == len(keys(pairs[:3]))
-    assert only.removed_rows == len(keys(pairs + kept)) - only.rows
+    assert (only.before.rows, only.after.rows) == (len(keys(pairs + kept)), len(keys(pairs[:3])))
     assert stored(ReferenceStore.open(store.folder), pairs) == keys(pairs[:3])
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from selective_pref_adapters.reference_store.served import (
     Server,
     ServerError,
     fill_from_server,
-    served_source,
+    served_logps,
     served_space,
 )
 from tiny import WORDS, make_tokenizer, text_rows
@@ -794,7 +795,8 @@ def test_a_server_may_differ_by_its_noise_and_what_was_seen_is_told(
     fill_from_server(store, pairs[:6], settings(served), tokenizer, progress=False)
     with torch.no_grad():
         served.model.lm_head.weight.mul_(factor)
-    seen = compare_rows(store, rows_of_pairs(pairs[:6]), served_source(settings(served), tokenizer), sample=8, seed=0)
+    source = partial(served_logps, server=settings(served), tokenizer=tokenizer)
+    seen = compare_rows(store, rows_of_pairs(pairs[:6]), source, sample=8, seed=0)
     assert seen.rows == 8
     assert (1e-5 < seen.mean_difference < 2e-3) if passes else (0.015 < seen.mean_difference < 0.06)
     said = f"differ by {seen.mean_difference:.2g} nats in the mean over 8 rows from those stored as 'big@1' (by"
@@ -861,7 +863,7 @@ def test_the_command_asks_a_server(
     with torch.no_grad():
         served.model.lm_head.weight.mul_(1.02)
     assert main([*arguments, "--verify"]) == 1
-    assert "more than 0.015 in the mean: another model is served there now" in capsys.readouterr().err
+    assert "more than 0.015 in the mean is not noise: another model is served there now" in capsys.readouterr().err
     more = tmp_path / "more.jsonl"
     more.write_text(pairs_file.read_text() + json.dumps({"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}) + "\n")
     assert main([*arguments, "--pairs", str(more)]) == 1

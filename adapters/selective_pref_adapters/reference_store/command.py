@@ -118,7 +118,7 @@ def local_reference(config: ScoreConfig) -> Reference:
     """The model of `ref_model` on this process's device."""
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
-    model = load_frozen(config, name)
+    model = load_model(name, dtype=config.dtype, attention=config.attention).to(_device()).eval().requires_grad_(False)
     label = Path(name).name if Path(name).exists() else name
     store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
     source = partial(local_logps, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)
@@ -127,7 +127,7 @@ def local_reference(config: ScoreConfig) -> Reference:
 
 def served_reference(config: ScoreConfig) -> Reference:
     """The model that `url` serves under the name `ref_model`."""
-    from selective_pref_adapters.reference_store.served import Server, served_source, served_space  # an HTTP client
+    from selective_pref_adapters.reference_store.served import Server, served_logps, served_space  # an HTTP client
 
     headers = {} if config.api_key_variable is None else {"Authorization": f"Bearer {api_key(config.api_key_variable)}"}
     server = Server(
@@ -143,7 +143,7 @@ def served_reference(config: ScoreConfig) -> Reference:
     tokenizer = load_tokenizer(config.tokenizer or str(config.ref_model))
     space = served_space(server.model, str(config.revision), tokenizer)
     store = ReferenceStore.create(config.store, space)
-    return store, served_source(server, tokenizer), tokenizer, None
+    return store, partial(served_logps, server=server, tokenizer=tokenizer), tokenizer, None
 
 
 def api_key(variable: str) -> str:
@@ -157,12 +157,6 @@ def api_key(variable: str) -> str:
     if len(key.split()) > 1:
         raise ValueError(f"the key in the environment variable {named} holds a blank, which no key has")
     return key
-
-
-def load_frozen(config: ScoreConfig, name: str) -> torch.nn.Module:
-    """A causal LM from a folder or hub id, frozen, on this process's device."""
-    model = load_model(name, dtype=config.dtype, attention=config.attention)
-    return model.to(_device()).eval().requires_grad_(False)
 
 
 def _device() -> torch.device:
@@ -255,13 +249,9 @@ def verify(
             f"remove {store.folder} and run `selective-pref score` again"
         )
     if config.url is not None and config.verify_tolerance is None:
-        from selective_pref_adapters.reference_store.served.fill import DRIFT
+        from selective_pref_adapters.reference_store.served.fill import check_drift
 
-        if seen.mean_difference > DRIFT:
-            raise StoreError(
-                f"{summary}, more than {DRIFT} in the mean: another model is served there now, or the same in another "
-                "dtype. Give it another --revision"
-            )
+        check_drift(seen, store.space.label)
     Console().print(summary, soft_wrap=True)
     return seen
 
@@ -311,11 +301,11 @@ def prune_spaces(config: ScoreConfig, console: Console) -> None:
     names, unusable = _names_of_spaces(config)
     for name in names:
         with ReferenceStore.open(config.store, name) as store:
-            done = prune(store, None if pairs is None else rows_of_pairs(pairs))
+            before, after = prune(store, None if pairs is None else rows_of_pairs(pairs))
             console.print(
-                f"{name[:8]} ({store.space.label}): {done.rows} rows kept, {done.removed_rows} removed; "
-                f"{done.bytes_before / 1e6:.1f} MB in {done.shards_before} shards before, {done.bytes / 1e6:.1f} MB in "
-                f"{done.shards} now",
+                f"{name[:8]} ({store.space.label}): {after.rows} rows kept, {before.rows - after.rows} removed; "
+                f"{before.bytes / 1e6:.1f} MB in {before.shards} shards before, {after.bytes / 1e6:.1f} MB in "
+                f"{after.shards} now",
                 soft_wrap=True,
             )
     for name, reason in unusable.items():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.models import context_length, evaluating
@@ -73,17 +74,16 @@ def _groups(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 def _collate(rows: Sequence[Row], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     """Rows as a batch, padded on the right."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "completion_mask": torch.zeros(shape, dtype=torch.int64),
+
+    def padded(sequences: Sequence[np.ndarray], value: int = 0) -> Tensor:
+        tensors = [torch.from_numpy(sequence).to(torch.int64) for sequence in sequences]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    return {
+        "input_ids": padded([row.ids for row in rows], pad_token_id),
+        "attention_mask": padded([np.ones_like(row.mask) for row in rows]),
+        "completion_mask": padded([row.mask for row in rows]),
     }
-    for number, row in enumerate(rows):
-        batch["input_ids"][number, : len(row.ids)] = torch.from_numpy(row.ids)
-        batch["attention_mask"][number, : len(row.ids)] = 1
-        batch["completion_mask"][number, : len(row.ids)] = torch.from_numpy(row.mask)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from selective_pref_adapters.files import sync
 from selective_pref_adapters.reference_store.rows import Row
 from selective_pref_adapters.reference_store.shards import is_abandoned, writing
-from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.reference_store.store import ReferenceStore, StoreStat
 from selective_pref_adapters.reference_store.writer import SHARD_BYTES
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneReport:
-    """What `prune` did to a space.
+class PruneReport(NamedTuple):
+    """What a space held before `prune`, and what it holds afterwards."""
 
-    Attributes:
-        rows: rows that are left.
-        removed_rows: intact rows that were not to be kept.
-        shards, bytes: files and their size afterwards.
-        shards_before, bytes_before: and before.
-    """
-
-    rows: int
-    removed_rows: int
-    shards: int
-    bytes: int
-    shards_before: int
-    bytes_before: int
+    before: StoreStat
+    after: StoreStat
 
 
 def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_bytes: int = SHARD_BYTES) -> PruneReport:
@@ -61,12 +49,4 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
         for path in {*old, *abandoned} - writer.shards:
             path.unlink(missing_ok=True)
         sync(store.folder)
-    after = ReferenceStore(store.folder, store.space).stat()
-    return PruneReport(
-        rows=after.rows,
-        removed_rows=before.rows - after.rows,
-        shards=after.shards,
-        bytes=after.bytes,
-        shards_before=before.shards,
-        bytes_before=before.bytes,
-    )
+    return PruneReport(before, ReferenceStore(store.folder, store.space).stat())

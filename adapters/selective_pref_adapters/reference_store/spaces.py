@@ -144,20 +144,10 @@ def _is_empty(folder: Path) -> bool:
     return all(file.name in (FILLINGS, VOCABULARY, MANIFEST) or is_abandoned(file) for file in folder.iterdir())
 
 
-def write_space(folder: Path, space: Space) -> None:
-    """Makes the two files of a space; the manifest last, so that where it exists the vocabulary is whole.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    tokens = json.dumps(space.vocabulary, sort_keys=True).encode("ascii")
-    write_whole(folder / VOCABULARY, gzip.compress(tokens, mtime=0))
-    manifest = {"format": FORMAT, "label": space.label, "identity": space.identity}
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode("ascii"))
-
-
 def write_identity(folder: Path, space: Space) -> None:
-    """Makes a space's folder and the files that say whose rows are in it, unless they are there and whole.
+    """Makes a space's folder and its two files, unless they are there and whole.
+
+    The manifest is written last, so that where it exists the vocabulary is whole.
 
     Raises:
         StoreWriteError: they cannot be written.
@@ -169,7 +159,10 @@ def write_identity(folder: Path, space: Space) -> None:
         except DamagedStoreError:
             if space.vocabulary is None:
                 raise
-            write_space(folder, space)
+            tokens = json.dumps(space.vocabulary, sort_keys=True).encode("ascii")
+            write_whole(folder / VOCABULARY, gzip.compress(tokens, mtime=0))
+            manifest = {"format": FORMAT, "label": space.label, "identity": space.identity}
+            write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode("ascii"))
 
 
 def note_filling(folder: Path, max_length: int, truncation_mode: str) -> None:

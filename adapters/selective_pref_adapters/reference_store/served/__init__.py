@@ -12,20 +12,7 @@ the served model gives to them, checked token by token. Two ways of asking:
     fill        several requests at once, repeated where one fails; the log-probs go into the store
 """
 
-from selective_pref_adapters.reference_store.served.fill import (
-    fill_from_server,
-    served_logps,
-    served_source,
-    served_space,
-)
+from selective_pref_adapters.reference_store.served.fill import fill_from_server, served_logps, served_space
 from selective_pref_adapters.reference_store.served.server import Protocol, Server, ServerError
 
-__all__ = [
-    "Protocol",
-    "Server",
-    "ServerError",
-    "fill_from_server",
-    "served_logps",
-    "served_source",
-    "served_space",
-]
+__all__ = ["Protocol", "Server", "ServerError", "fill_from_server", "served_logps", "served_space"]

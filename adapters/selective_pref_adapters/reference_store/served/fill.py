@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
-from selective_pref_adapters.reference_store.fill import FillReport, compare_rows, fill_rows
+from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
 from selective_pref_adapters.reference_store.identity import LOGPS_VERSION
 from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, rows_of_pairs
 from selective_pref_adapters.reference_store.served.answers import Texts, TryAgainError, ask
@@ -89,12 +89,8 @@ def fill_from_server(
             "open ReferenceStore.create(path, served_space(model, revision, tokenizer))"
         )
     rows = rows_of_pairs(pairs)
-    return fill_rows(store, rows, compared_first(store, rows, served_source(server, tokenizer)), progress=progress)
-
-
-def served_source(server: Server, tokenizer: Tokenizer) -> LogpSource:
-    """A served model as `fill_rows` and `compare_rows` ask it."""
-    return partial(served_logps, server=server, tokenizer=tokenizer)
+    source = partial(served_logps, server=server, tokenizer=tokenizer)
+    return fill_rows(store, rows, compared_first(store, rows, source), progress=progress)
 
 
 def compared_first(
@@ -117,25 +113,32 @@ def compared_first(
         absent = {row.key for row in lacking}
         stored = [row for row in rows if row.key not in absent and store.has(row)]
         if any(row.values for row in stored):
-            seen = compare_rows(store, stored, source, sample=_COMPARED_ROWS, seed=0)
-            differ = (
-                f"differ by {seen.mean_difference:.2g} nats in the mean over {seen.rows} rows from those stored as "
-                f"{store.space.label!r} (by {seen.max_difference:.2g} at most, at {seen.worst})"
-            )
-            if seen.mean_difference > DRIFT:
-                raise StoreError(
-                    f"the server gives log-probs that {differ}, and more than {DRIFT} in the mean is not noise: "
-                    "another model is served there now. Give it another revision, also where only its dtype or "
-                    "quantisation is another"
-                )
-            tell(f"the server's log-probs {differ}")
+            tell(check_drift(compare_rows(store, stored, source, sample=_COMPARED_ROWS, seed=0), store.space.label))
         yield from source(lacking)
 
     return logps
 
 
+def check_drift(seen: Comparison, label: str) -> str:
+    """A sentence that says how far a server's log-probs are from those stored as `label`.
+
+    Raises:
+        StoreError: more than `DRIFT` in the mean.
+    """
+    differ = (
+        f"differ by {seen.mean_difference:.2g} nats in the mean over {seen.rows} rows from those stored as {label!r} "
+        f"(by {seen.max_difference:.2g} at most, at {seen.worst})"
+    )
+    if seen.mean_difference > DRIFT:
+        raise StoreError(
+            f"the server gives log-probs that {differ}, and more than {DRIFT} in the mean is not noise: another model "
+            "is served there now. Give it another revision, also where only its dtype or quantisation is another"
+        )
+    return f"the server's log-probs {differ}"
+
+
 def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> Iterator[RowLogps]:
-    """The log-probs that a served model gives to rows, in the order in which requests are answered: a `LogpSource`.
+    """The log-probs that a served model gives to rows, as requests are answered: a `LogpSource` with its options bound.
 
     An interruption does not wait for pauses, nor for answers that have not come.
 
