@@ -89,6 +89,9 @@ def test_reference_holds_the_public_names_once_each() -> None:
     # diagnostics is a module as well, so its entry has to name both
     entries = re.findall(r"^::: selective_pref\.(?:diagnostics\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(entries) == sorted(selective_pref.__all__)
+    for module in (selective_pref.pair_losses, selective_pref.divergences):
+        listed = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
+        assert sorted([*listed, *(set(module.__all__) & set(entries))]) == sorted(module.__all__)
 
 
 ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
@@ -136,15 +139,24 @@ def test_mutations_name_files_and_tests_that_exist() -> None:
 
 def train_flags() -> dict[str, str]:
     """Flag → default as the page writes it, read from the source: importing it would import DeepSpeed."""
-    source = (ROOT / "adapters" / "selective_pref_adapters" / "options.py").read_text(encoding="utf-8")
-    config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
+    tree = ast.parse((ADAPTERS / "options.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     words = {"required": "required", "None": "none", "False": "off", "True": "on"}
-    flags = {}
-    for field in config.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            default = "required" if field.value is None else ast.unparse(field.value).strip("'")
-            flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
-    return flags
+
+    def flags_of(config: ast.ClassDef) -> dict[str, str]:
+        flags = {}
+        for base in config.bases:
+            flags |= flags_of(classes[ast.unparse(base)])
+        for field in config.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                value = field.value
+                if isinstance(value, ast.Call):  # field(default=..., metadata=...)
+                    value = next(keyword.value for keyword in value.keywords if keyword.arg == "default")
+                default = "required" if value is None else ast.unparse(value).strip("'")
+                flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
+        return flags
+
+    return flags_of(classes["TrainConfig"])
 
 
 def test_every_flag_of_train_is_described_with_its_default() -> None:
