@@ -29,7 +29,7 @@ class ShardIndex:
 
     Attributes:
         folder: of the space.
-        damaged: name → reason of shards, or of rows in shards, that are not believed.
+        damaged: name → reason of shards that are, or hold rows that are, damaged or of another format.
         unreadable: names of the shards of which nothing can be read.
     """
 

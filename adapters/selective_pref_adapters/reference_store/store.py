@@ -62,7 +62,7 @@ class StoreStat:
         values: log-probs in them.
         shards: files whose index could be read.
         bytes: their size.
-        damaged: name → reason of shards, or of rows in shards, that are not believed.
+        damaged: name → reason of shards that are, or hold rows that are, damaged or of another format.
         hits, misses: rows that `lookup` of this process found and did not find.
     """
 
@@ -76,7 +76,7 @@ class StoreStat:
 
 
 class ReferenceStore:
-    """The rows of one reference, one space of a store. `open` reads it; `create` is for who writes the first row, too.
+    """The rows of one reference, one space of a store. `open` reads it; `create` also makes it, with its first row.
 
     Reading needs no right to write, and works in forked and spawned data-loader workers. A row that another process
     writes later is found: the folder is read again before a row counts as missing.
@@ -218,7 +218,7 @@ class ReferenceStore:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """Name → reason of shards, or of rows in shards, that are not believed."""
+        """Name → reason of shards that are, or hold rows that are, damaged or of another format."""
         return self.index.damaged
 
     def stat(self) -> StoreStat:
