@@ -95,8 +95,16 @@ def test_reference_holds_the_public_names_once_each() -> None:
 
 
 ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
-PACKAGES = ("hf_trainer", "trl_trainer", "deepspeed_loop", "reference_store", "reference_store.served", "seeing")
-MODULES = ("batch", "pairs", "heads", "objectives", "references", "models", "monitoring")
+PACKAGES = (
+    "hf_trainer",
+    "trl_trainer",
+    "deepspeed_loop",
+    "reference_store",
+    "reference_store.served",
+    "pairs",
+    "seeing",
+)
+MODULES = ("batch", "heads", "objectives", "references", "models", "monitoring")
 
 
 def public_names(module: str) -> list[str]:

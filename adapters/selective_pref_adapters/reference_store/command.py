@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.options import ScoreConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
 from selective_pref_adapters.reference_store.identity import reference_space
 from selective_pref_adapters.reference_store.local import local_logps
@@ -184,16 +184,18 @@ def load_pairs(
 ) -> tuple[list[TokenizedPair], list[str]]:
     """(the pairs as token ids, what a reader should know about them)."""
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
-    rows = read_rows(str(config.pairs), malformed)
+    notes: list[str] = []
+    rows = read_rows(str(config.pairs), malformed, columns=parse_columns(config.columns), notes=notes)
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
         max_length=length_in_force(config, model),
         truncation_mode=config.truncation_mode,
         keep_unteachable=True,  # whatever a training run leaves out, its rows are found
+        malformed=malformed,
         progress=progress,
     )
-    notes = report.lines()
+    notes += report.lines()
     if malformed:
         notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
     return pairs, notes

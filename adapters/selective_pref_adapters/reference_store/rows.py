@@ -61,11 +61,7 @@ def rows_of_pairs(pairs: Iterable[TokenizedPair]) -> list[Row]:
     """Both sides of every pair, chosen then rejected, pair after pair."""
     rows = []
     for pair in pairs:
-        for side, ids, prompt_length in (
-            ("chosen", pair.chosen_ids, pair.chosen_prompt_length),
-            ("rejected", pair.rejected_ids, pair.rejected_prompt_length),
-        ):
-            mask = np.arange(len(ids)) >= prompt_length
+        for side, ids, mask in pair.sides():
             rows.append(Row(ids=np.asarray(ids, dtype=np.int32), mask=mask, place=f"{pair.place}, {side}"))
     return rows
 

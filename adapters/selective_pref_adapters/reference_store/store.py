@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from selective_pref_adapters.batch import Batch
-from selective_pref_adapters.pairs import TokenizedPair, Tokenizer, differing_token
+from selective_pref_adapters.models import differing_token, own_vocabulary
+from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_store.index import ShardIndex
 from selective_pref_adapters.reference_store.rows import Row, different_rows, rows_of_pairs
 from selective_pref_adapters.reference_store.shards import StoreError, check_writable
@@ -40,7 +41,6 @@ from selective_pref_adapters.reference_store.spaces import (
     MANIFEST,
     Space,
     holds_rows,
-    own_vocabulary,
     read_fillings,
     read_spaces,
     read_vocabulary,

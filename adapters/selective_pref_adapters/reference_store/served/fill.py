@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 
+from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
 from selective_pref_adapters.reference_store.identity import LOGPS_VERSION
@@ -23,7 +24,7 @@ from selective_pref_adapters.reference_store.served.answers import Texts, TryAga
 from selective_pref_adapters.reference_store.served.probe import check_server
 from selective_pref_adapters.reference_store.served.server import Server, ServerError
 from selective_pref_adapters.reference_store.shards import StoreError
-from selective_pref_adapters.reference_store.spaces import Space, own_vocabulary, vocabulary_digest
+from selective_pref_adapters.reference_store.spaces import Space, vocabulary_digest
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
