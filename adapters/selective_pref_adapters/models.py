@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -56,6 +56,14 @@ def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Mod
             if isinstance(getattr(module, rate), float):
                 setattr(module, rate, 0.0)
     return model
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model folder or hub id; None where there is none, as beside a tokenizer alone."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str, ...]) -> Any:

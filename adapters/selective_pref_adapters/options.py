@@ -187,7 +187,8 @@ class ScoreConfig:
     tokenizer: str | None = None
     """The policy's model or tokenizer: pairs are tokenised by it. Default: the reference's own."""
     max_length: int | None = None
-    """Tokens of prompt + completion, the same as in training. Default: what the reference can read, at most 4096."""
+    """Tokens of prompt + completion, the same as in training. Default: what the reference, and the policy that
+    --tokenizer names, can read, at most 4096."""
     truncation_mode: Truncation = "keep_start"
     """keep_start cuts the end of what is too long, keep_end the start; the same as in training."""
     columns: str | None = None

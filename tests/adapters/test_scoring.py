@@ -713,3 +713,27 @@ def test_nan_in_a_saved_model_is_one_line(tmp_path: Path, pairs_file: Path, caps
     assert "the reference gives nan to token" in error
     assert "pairs.jsonl:" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("length", [None, 24])
+def test_the_default_length_is_that_of_training(
+    tmp_path: Path, pairs_file: Path, reference_folder: Path, length: int | None
+) -> None:
+    """A policy with a short context: `score --tokenizer POLICY` cuts rows as `train` and `dpo` do by default."""
+    from dataclasses import replace
+
+    from selective_pref_adapters.options import ScoreConfig
+    from selective_pref_adapters.pairs import read_rows
+    from selective_pref_adapters.reference_store.command import score
+
+    policy = make_model(tmp_path / "short", seed=4, max_position_embeddings=12)
+    config = ScoreConfig(
+        ref_model=str(reference_folder), tokenizer=str(policy), pairs=str(pairs_file), store=str(tmp_path / "store")
+    )
+    if length is not None:
+        with pytest.raises(ValueError, match="max_length 24 is longer than the policy can read \\(12 tokens\\)"):
+            score(replace(config, max_length=length))
+        return
+    score(config)
+    pairs, _ = tokenize_pairs(read_rows(pairs_file), AutoTokenizer.from_pretrained(policy), max_length=12)
+    ReferenceStore.open(tmp_path / "store").check(pairs)

@@ -23,7 +23,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.models import load_config, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.options import ScoreConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
@@ -202,19 +202,21 @@ def load_pairs(
 
 
 def length_in_force(config: ScoreConfig, model: Any) -> int:
-    """How many tokens of a row are kept: as configured, else what the reference (or its configuration) can read."""
-    return usable_length(config.max_length, {} if model is None else {"reference": model})
+    """How many tokens of a row are kept: as configured, else what reference and policy can read, as in training.
+
+    The policy is known by `config.tokenizer`, where that names a model.
+    """
+    policy = None if config.tokenizer is None else load_config(config.tokenizer)
+    models = {"reference": model, "policy": policy}
+    return usable_length(config.max_length, {name: model for name, model in models.items() if model is not None})
 
 
 def _pairs_without_reference(config: ScoreConfig) -> tuple[list[TokenizedPair] | None, str]:
     """(the pairs where no model is loaded, None where none are named; how they were cut)."""
     if config.pairs is None:
         return None, ""
-    model = None
-    if config.max_length is None and config.ref_model is not None and Path(config.ref_model).is_dir():
-        from transformers import AutoConfig
-
-        model = AutoConfig.from_pretrained(config.ref_model)
+    local = config.max_length is None and config.ref_model is not None and Path(config.ref_model).is_dir()
+    model = load_config(str(config.ref_model)) if local else None
     cut = f"max_length {length_in_force(config, model)} ({config.truncation_mode})"
     return load_pairs(config, load_tokenizer(config.tokenizer or str(config.ref_model)), model)[0], cut
 
