@@ -36,9 +36,12 @@ def load_pairs(
         notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
 
     def tokenized(which: str, some: list[PreferenceRow]) -> list[TokenizedPair]:
-        pairs, report = tokenize_pairs(
-            some, tokenizer, max_length=max_length, truncation_mode=config.truncation_mode, progress=progress
-        )
+        try:
+            pairs, report = tokenize_pairs(
+                some, tokenizer, max_length=max_length, truncation_mode=config.truncation_mode, progress=progress
+            )
+        except ValueError as error:
+            raise ValueError(f"{which} pairs: {error}") from error
         notes.extend(f"{which}: {line}" for line in report.lines())
         return pairs
 

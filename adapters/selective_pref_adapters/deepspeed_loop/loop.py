@@ -72,7 +72,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
 )
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import model_per_token_logps
-from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.models import check_padding, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     anywhere,
@@ -132,6 +132,7 @@ def train(config: TrainConfig) -> TrainResult:
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
     notes = check_policy(policy, tokenizer)
+    check_padding(tokenizer, models)
     max_length = usable_length(config.max_length, models)
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())

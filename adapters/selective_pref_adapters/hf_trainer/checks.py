@@ -23,11 +23,18 @@ from selective_pref_adapters.models import (
     check_token_ids,
     check_trainable,
     context_length,
+    has_dropout,
 )
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
+
+
+_DROPOUT = (
+    "the policy has dropout, so in training its log-probs differ from the reference's by noise, too, and the selection "
+    "picks tokens by it: call selective_pref_adapters.models.switch_off_dropout(model) before the Trainer is made"
+)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -84,6 +91,8 @@ def check_trainer(trainer: Trainer) -> None:
 def check_policy(trainer: Trainer) -> None:
     """Raises ValueError at a policy that would learn nothing, could not be saved, or lose a part of its loss."""
     check_trainable(trainer.model)
+    if trainer.compute_loss_func.reads_reference and has_dropout(trainer.model):
+        logger.warning("%s", _DROPOUT)
     check_no_auxiliary_loss(trainer.model)
     for note in check_savable(trainer.model, trainer.processing_class):
         logger.warning("%s", note)

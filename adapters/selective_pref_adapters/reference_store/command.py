@@ -23,7 +23,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref_adapters.models import context_length, load_model, load_tokenizer, pad_token_id
+from selective_pref_adapters.models import check_padding, context_length, load_model, load_tokenizer, pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, ScoreConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store.fill import (
@@ -123,6 +123,7 @@ def local_reference(config: ScoreConfig) -> Reference:
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
     model = load_frozen(config, name)
+    check_padding(tokenizer, {"reference": model})
     label = Path(name).name if Path(name).exists() else name
     store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
     scorer = partial(local_scores, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)

@@ -27,7 +27,7 @@ from trl import (
     get_quantization_config,
 )
 
-from selective_pref_adapters.recipes import config_file
+from selective_pref_adapters.recipes import bare_word, config_file
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
 
@@ -107,14 +107,16 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
     if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
         raise ValueError(f"{path} must hold 'name: value' lines ('env' holds such lines, too)")
     os.environ.update({str(name): str(value) for name, value in settings.pop("env", {}).items()})
-    options = {action.dest: action for action in parser._actions}
+    options = {action.dest: action for action in reversed(parser._actions)}  # of --x and --no_x the first
     for name, value in settings.items():
         if name not in options:
             near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
             meant = f": did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
-        if value is False and "no" in (options[name].choices or ()):
-            settings[name] = "no"  # YAML reads a bare `no` as False
+        option = options[name]
+        if isinstance(value, bool) and option.nargs != "?":  # which switches have
+            place = f"{path}: {name}"
+            settings[name] = bare_word(place, value, choices=option.choices or (), default=option.default)
     beside = path.parent / str(settings.get("deepspeed"))
     if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
         words += ["--deepspeed", str(beside)]
