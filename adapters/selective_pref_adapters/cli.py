@@ -215,7 +215,8 @@ def _flags_of_file(path: str, config: type, command: str) -> list[str]:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             meant = f": did you mean {near[0]!r}?" if near else f". Options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
-        if isinstance(value := options[name], bool) and kinds[name] is not bool:
+        switch = bool in (kinds[name], *get_args(kinds[name]))
+        if isinstance(value := options[name], bool) and not switch:
             choices = [choice for kind in (kinds[name], *get_args(kinds[name])) for choice in get_args(kind)]
             choices = [choice for choice in choices if isinstance(choice, str | int)]
             options[name] = bare_word(f"{path}: {name}", value, choices=choices, default=known[name])

@@ -914,6 +914,36 @@ def test_what_was_frozen_or_unfrozen_since_is_looked_at_again(build: Run, policy
         trainer.train()
 
 
+def test_a_collator_that_pads_on_the_left_gives_positions(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    """The Trainer passes a batch on as it is: to learned positions, padding on the left would be text."""
+
+    def flipped(batch: Any) -> None:
+        length = batch["attention_mask"].sum(1, keepdim=True)
+        places = torch.arange(batch["attention_mask"].shape[1])
+        for name in ("input_ids", "completion_mask", "completion_labels", "attention_mask"):
+            if name in batch:
+                batch[name] = batch[name].gather(1, (places + length) % len(places))
+
+    class PaddedOnTheLeft(PreferenceCollator):
+        positions = False
+
+        def __call__(self, rows: Any) -> dict[str, Any]:
+            batch = super().__call__(rows)
+            for part in (batch, batch["labels"]):
+                flipped(part)
+                if self.positions:
+                    part["position_ids"] = (part["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            return batch
+
+    collator = PaddedOnTheLeft(tokenizer)
+    with pytest.raises(ValueError, match="pads on the left, and the policy would count the padding as positions"):
+        build(collator=collator)
+    collator.positions = True
+    build(collator=collator)
+
+
 def test_dropout_of_the_policy_is_told(build: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(make_model(tmp_path / "dropout", seed=5, attention_dropout=0.5))
     build(model=model)

@@ -50,6 +50,7 @@ from selective_pref_adapters.deepspeed_loop.resume import (
     load_checkpoint,
     save_checkpoint,
     stopped_run,
+    unreadable_note,
 )
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog, print_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
@@ -144,6 +145,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_space(output_dir, policy, steps, config)
     identity = identity_of(config, world_size, train_pairs, eval_pairs, sources)
     notes += warm_up_note(config, steps) + check_same_run(checkpoint, output_dir, identity, config)
+    notes += unreadable_note(output_dir, checkpoint) if config.resume == "auto" else []
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True, highlight=False)
     if config.resume and (finished := finished_run(output_dir, steps, checkpoint)):

@@ -114,7 +114,8 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
             meant = f": did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
         option = options[name]
-        if isinstance(value, bool) and option.nargs != "?":  # which switches have
+        switch = option.nargs == "?" or getattr(option.type, "__name__", None) == "string_to_bool"  # TRL's, or its copy
+        if isinstance(value, bool) and not switch:
             place = f"{path}: {name}"
             settings[name] = bare_word(place, value, choices=option.choices or (), default=option.default)
     beside = path.parent / str(settings.get("deepspeed"))
