@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from selective_pref_adapters.recipes import config_file, recipe_names
+from selective_pref_adapters.recipes import bare_word, config_file, recipe_names
 
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
@@ -204,21 +204,23 @@ def _with_config_file(arguments: list[str], config: type, command: str) -> list[
         config: the dataclass whose fields are the flags.
         command: whose recipes may be named, too.
     """
-    known = [field.name for field in fields(config)]
     flags: list[str] = []
     rest = iter(arguments)
     from_file: list[str] = []
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(rest, "")
-            from_file += _flags_of_file(path, known, command)
+            from_file += _flags_of_file(path, config, command)
         else:
             flags.append(argument)
     return from_file + flags
 
 
-def _flags_of_file(path: str, known: Sequence[str], command: str) -> list[str]:
+def _flags_of_file(path: str, config: type, command: str) -> list[str]:
     import yaml
+
+    known = {field.name: field.default for field in fields(config)}
+    kinds = get_type_hints(config)
 
     if not path:
         names = recipe_names(command)
@@ -235,6 +237,13 @@ def _flags_of_file(path: str, known: Sequence[str], command: str) -> list[str]:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             meant = f": did you mean {near[0]!r}?" if near else f". Options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
+        switch = bool in (kinds[name], *get_args(kinds[name]))
+        if isinstance(value := options[name], bool) and not switch:
+            choices = [choice for kind in (kinds[name], *get_args(kinds[name])) for choice in get_args(kind)]
+            choices = [choice for choice in choices if isinstance(choice, str | int)]
+            options[name] = bare_word(f"{path}: {name}", value, choices=choices, default=known[name])
+        if kinds[name] is bool and not isinstance(value, bool):
+            raise ValueError(f"{path}: {name}: expected true or false, got {value!r}")
     return [flag for name, value in options.items() for flag in _flag(str(name), value)]
 
 

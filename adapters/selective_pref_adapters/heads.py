@@ -292,7 +292,8 @@ def _fitting_options(causal: Any) -> Options | str:
     finally:
         for module, training in modes:
             module.training = training
-    if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.allclose(seen[0], hidden, equal_nan=True):
+    changed = len(seen) != 1 or seen[0].shape != hidden.shape or seen[0].dtype != hidden.dtype  # Mamba casts, in bf16
+    if changed or not torch.allclose(seen[0], hidden, equal_nan=True):
         return "something stands between its body and its head"
     tolerance = 8 * torch.finfo(hidden.dtype).eps
     for options in (_named_options(causal), _PLAIN):

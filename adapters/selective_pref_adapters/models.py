@@ -50,11 +50,7 @@ def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Mod
     if attention is not None:
         options["attn_implementation"] = attention
     model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options), ("config.json",))
-    for module in model.modules():
-        rates = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
-        for rate in rates:
-            if isinstance(getattr(module, rate), float):
-                setattr(module, rate, 0.0)
+    switch_off_dropout(model)
     return model
 
 
@@ -64,6 +60,30 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         return None
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate of a model and its adapters to 0: in training it then gives the same log-probs as else.
+
+    Besides `nn.Dropout` modules there are rates that a module keeps as a number, and passes to a function (OPT, Llama).
+    """
+    for module, name in _dropout_rates(model):
+        setattr(module, name, 0.0)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some dropout rate of a model is above 0."""
+    return any(getattr(module, name) > 0 for module, name in _dropout_rates(model))
+
+
+def _dropout_rates(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where a model keeps its dropout rates: (module, name of the attribute)."""
+    found = [
+        (module, name)
+        for module in model.modules()
+        for name in (["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name])
+    ]
+    return [(module, name) for module, name in found if isinstance(getattr(module, name), float)]
 
 
 def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str, ...]) -> Any:
@@ -137,6 +157,22 @@ def check_token_ids(highest: int, models: Mapping[str, Any], where: str = "") ->
 def pad_token_id(tokenizer: Any) -> int:
     """What fills the ends of shorter rows: the padding token, else the EOS token, else 0. Masks hide it."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def check_padding(tokenizer: Any, models: Mapping[str, Any]) -> None:
+    """Raises ValueError where what fills up shorter rows is a token id that a model does not have.
+
+    So it is where a padding token was added to a tokenizer, and the model's embedding was not made longer.
+    """
+    padding = pad_token_id(tokenizer)
+    for name, model in models.items():
+        size = vocabulary_size(model)
+        if size is not None and padding >= size:
+            raise ValueError(
+                f"the tokenizer's padding token has the id {padding}, outside the {name}'s vocabulary of {size}: use a "
+                'token that the model has (tokenizer.pad_token = tokenizer.eos_token, or "pad_token" in '
+                "tokenizer_config.json), or make its embedding longer (model.resize_token_embeddings)"
+            )
 
 
 # --- before training -------------------------------------------------------------------------------------------------
@@ -344,11 +380,15 @@ def trained_outside_adapters(model: Any) -> list[str]:
     that ``LoraConfig(bias="all")`` trains.
     """
     adapters = [f".{name}." for name in model.peft_config]
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not any(adapter in f".{name}." for adapter in adapters)
-    ]
+    # Within these modules PEFT keeps what it adds. Elsewhere a name means nothing: an adapter may be called "model".
+    owners = [f"{name}." for name, module in model.named_modules() if getattr(module, "adapter_layer_names", ())]
+    owners.append("prompt_encoder.")
+
+    def is_adapters(name: str) -> bool:
+        inside = [name.removeprefix(owner) for owner in owners if name.startswith(owner)]
+        return any(adapter in f".{rest}." for rest in inside for adapter in adapters)
+
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_adapters(name)]
 
 
 def check_reloadable(trainer: Any, what: str) -> None:

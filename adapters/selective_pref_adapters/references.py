@@ -40,7 +40,7 @@ class RunningReference:
         model: a causal LM; it is put into evaluation mode, and learns nothing from now on.
         fused_head: whether to compute its log-probs without materialising its logits, where the model allows it.
         start: how to make the model ready (move it, wrap it in an engine), given the device of the first batch; called
-            once, at that batch. None for a model that is ready.
+            once, at that batch, and may be set until then. None for a model that is ready.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class RunningReference:
         self.model = model.eval().requires_grad_(False)
         if fused_head:
             install_fused_head(model, at_first_call=True)
-        self._start = start
+        self.start = start
         self._running: Any = model if start is None else None
 
     def __call__(self, batch: Batch) -> Tensor:
         """The model's log-probs of the batch [2B T]."""
-        if self._running is None and self._start is not None:
-            self._running = self._start(self.model, batch["input_ids"].device)
+        if self._running is None and self.start is not None:
+            self._running = self.start(self.model, batch["input_ids"].device)
         return frozen_per_token_logps(self._running, batch)
 
 

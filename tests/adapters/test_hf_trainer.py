@@ -39,6 +39,7 @@ from selective_pref_adapters.hf_trainer import (
     SelectivePreferenceMixin,
     SelectivePreferenceTrainer,
 )
+from selective_pref_adapters.models import switch_off_dropout
 from selective_pref_adapters.monitoring import wrong_signs
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
@@ -570,6 +571,8 @@ def test_a_broken_number_stops_the_run_before_the_step(
     trainer = build(loss=SelectivePreferenceLoss(), collator=collator, logging_nan_inf_filter=True)
     with pytest.raises(NonFiniteError, match=rf"step 3: .*ref_per_token_logps.*rows 1 .*{pairs[9].place}"):
         trainer.train()
+    with pytest.raises(NonFiniteError, match="evaluation at step 3: "):
+        trainer.evaluate(pairs[8:12])
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
@@ -895,6 +898,60 @@ def test_a_reference_that_was_left_in_training_mode_has_no_dropout(tokenizer: An
     expected = RunningReference(model_of(folder).eval())(labels)
     loss = SelectivePreferenceLoss(ref_model=model_of(folder).train())
     assert torch.equal(loss.references[REF_LOGPS](labels), expected)
+
+
+def test_what_was_frozen_or_unfrozen_since_is_looked_at_again(build: Run, policy_folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    policy: Any = get_peft_model(model_of(policy_folder), config)
+    trainer = build(model=policy, loss=SelectivePreferenceLoss(ref_model=policy))
+    policy.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight would be trained, too"):
+        trainer.train()
+    policy.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        trainer.train()
+
+
+def test_a_collator_that_pads_on_the_left_gives_positions(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    """The Trainer passes a batch on as it is: to learned positions, padding on the left would be text."""
+
+    def flipped(batch: Any) -> None:
+        length = batch["attention_mask"].sum(1, keepdim=True)
+        places = torch.arange(batch["attention_mask"].shape[1])
+        for name in ("input_ids", "completion_mask", "completion_labels", "attention_mask"):
+            if name in batch:
+                batch[name] = batch[name].gather(1, (places + length) % len(places))
+
+    class PaddedOnTheLeft(PreferenceCollator):
+        positions = False
+
+        def __call__(self, rows: Any) -> dict[str, Any]:
+            batch = super().__call__(rows)
+            for part in (batch, batch["labels"]):
+                flipped(part)
+                if self.positions:
+                    part["position_ids"] = (part["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            return batch
+
+    collator = PaddedOnTheLeft(tokenizer)
+    with pytest.raises(ValueError, match="pads on the left, and the policy would count the padding as positions"):
+        build(collator=collator)
+    collator.positions = True
+    build(collator=collator)
+
+
+def test_dropout_of_the_policy_is_told(build: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(make_model(tmp_path / "dropout", seed=5, attention_dropout=0.5))
+    build(model=model)
+    assert "switch_off_dropout(model) before the Trainer is made" in caplog.text
+    caplog.clear()
+    switch_off_dropout(model)
+    build(model=model)
+    assert "dropout" not in caplog.text
 
 
 def test_trained_biases_move_a_policy_with_its_adapter_off(

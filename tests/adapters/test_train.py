@@ -605,6 +605,9 @@ def test_rows_left_out_are_reported(configure: Configure, tmp_path: Path, capsys
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     with pytest.raises(ValueError, match=r"rows\.jsonl:22"):
         train(configure(pairs=path, max_steps=1))
+    equal = str(write_jsonl(tmp_path / "equal.jsonl", rows[20:21]))
+    with pytest.raises(ValueError, match="evaluation pairs: none of 1 pairs can be trained on"):
+        train(configure(eval_pairs=equal, max_steps=1))
     result = train(
         configure(pairs=path, max_steps=1, skip_malformed_rows=True, eval_fraction=0, output_dir=str(tmp_path / "o"))
     )

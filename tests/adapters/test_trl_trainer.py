@@ -627,6 +627,7 @@ def test_every_option_of_dpoconfig_is_read_or_refused(tmp_path: Path) -> None:
         ({"beta": 0.0}, "beta must be"),
         ({"label_smoothing": 0.5}, "label_smoothing must be"),
         ({"selection_warmup_steps": -1}, "selection_warmup_steps must be"),
+        ({"truncation_mode": "middle"}, "truncation_mode must be"),
         ({"scores": "entropy"}, "scores must be one of .*alignment.*module:function"),
         ({"scores": "absent.module:f"}, "No module named"),
         ({"scores": "math:absent"}, "has no attribute"),
@@ -671,6 +672,37 @@ def test_what_the_trainer_refuses(make: Make, policy_folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=rf"token id {len(tokenizer) - 1} .*outside the reference's vocabulary of 7"):
         make(ref_model=small)
     trained(make(train_dataset=stream, max_steps=1))  # without a store a stream is fine
+
+
+def test_rows_that_are_left_out_are_counted_and_none_left_is_an_error(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [{"prompt": "w1 " * 70, "chosen": "w2", "rejected": "w3"}] * 3
+    make(train_dataset=Dataset.from_list(ROWS[:5] + long))
+    assert "train: 3 of 8 rows are left out, since their prompt alone fills max_length 64" in caplog.text
+    store = {"reference_store": str(tmp_path / "store")}
+    for way in ({"train_dataset": Dataset.from_list(long)}, {"eval_dataset": Dataset.from_list(long)}):
+        for more in ({}, store):
+            with pytest.raises(ValueError, match=r"nothing is left of the \w+ data set: every one of its 3 prompts"):
+                make(**way, **more)
+    with pytest.raises(ValueError, match="nothing is left of the eval data set: empty"):
+        make(eval_dataset=Dataset.from_list(ROWS).select([]))
+
+
+def test_ids_that_the_policy_does_not_have_are_refused(make: Make, tmp_path: Path, policy_folder: Path) -> None:
+    small = load(make_model(tmp_path / "small", seed=2, words=["w0"]))
+    with pytest.raises(ValueError, match=r"token id \d+ is outside the policy's vocabulary of 7"):
+        make(model=small, ref_model=load(policy_folder))
+
+
+def test_what_was_frozen_or_unfrozen_since_is_looked_at_again(make: Make) -> None:
+    trainer = make(ref_model=None, peft_config=LORA)
+    trainer.model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight would be trained, too"):
+        trainer.train()
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        trainer.train()
 
 
 def test_the_default_length_is_what_all_models_can_read(make: Make, tmp_path: Path) -> None:
@@ -781,6 +813,8 @@ def test_nan_stops_the_run_before_the_weights_change(make: Make, reference_folde
     with pytest.raises(NonFiniteError, match=r"step 1: .*ref_per_token_logps.*rows"):
         trainer.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    with pytest.raises(NonFiniteError, match="evaluation after step 0: "):
+        make(ref_model=teacher, eval_dataset=Dataset.from_list(ROWS[:8])).evaluate()
     lenient = make(ref_model=teacher, raise_on_non_finite=False, max_steps=1, logging_nan_inf_filter=False)
     trained(lenient)
     assert lenient.state.log_history[0]["selection/nonfinite_rows"] == 1.0
@@ -832,6 +866,31 @@ def test_the_command_trains_from_a_recipe(
     recipe.write_text(recipe.read_text() + "selction_ratio: 0.4\n")
     assert main(flags) == 1
     assert "there is no option 'selction_ratio': did you mean 'selection_ratio'?" in capsys.readouterr().err
+
+
+def test_words_that_yaml_reads_as_true_or_false(tmp_path: Path) -> None:
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from selective_pref_adapters.trl_trainer.command import SelectiveDPOArguments, with_config_file
+
+    recipe = tmp_path / "recipe.yaml"
+
+    def read(text: str) -> SelectiveDPOConfig:
+        recipe.write_text(text)
+        parser = TrlParser((SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig))
+        words = with_config_file(parser, ["--config", str(recipe), "--output_dir", str(tmp_path), "--use_cpu"])
+        return parser.parse_args_and_config(args=words)[1]
+
+    args = read("report_to: off\nsave_strategy: no\nmax_length: no\nreference_store: no\nbf16: no\nfused_head: off\n")
+    assert (args.report_to, args.save_strategy, args.max_length) == ([], "no", None)
+    assert (args.reference_store, args.bf16, args.fused_head) == (None, False, False)
+    assert read("gradient_checkpointing: yes\nbf16: no\n").gradient_checkpointing
+    for line, message in (
+        ("eval_strategy: yes", "recipe.yaml: eval_strategy: expected one of no, steps, epoch, got true"),
+        ("learning_rate: no", "learning_rate: expected a value, got false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(line)
 
 
 def test_the_paper_s_recipe(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from selective_pref_adapters.models import check_token_ids
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import (
     PreferenceRow,
+    RowError,
     TokenizedPair,
     parse_columns,
     read_rows,
@@ -42,14 +43,19 @@ def load_pairs(
             notes.append(f"{common} of {len(eval_rows)} evaluation rows have a prompt that is trained on")
 
     def tokenized(which: str, some: list[PreferenceRow]) -> list[TokenizedPair]:
-        pairs, report = tokenize_pairs(
-            some,
-            tokenizer,
-            max_length=max_length,
-            truncation_mode=config.truncation_mode,
-            malformed=malformed,
-            progress=progress,
-        )
+        try:
+            pairs, report = tokenize_pairs(
+                some,
+                tokenizer,
+                max_length=max_length,
+                truncation_mode=config.truncation_mode,
+                malformed=malformed,
+                progress=progress,
+            )
+        except RowError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{which} pairs: {error}") from error
         notes.extend(f"{which}: {line}" for line in report.lines())
         return pairs
 

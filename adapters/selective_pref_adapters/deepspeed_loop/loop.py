@@ -50,6 +50,7 @@ from selective_pref_adapters.deepspeed_loop.resume import (
     load_checkpoint,
     save_checkpoint,
     stopped_run,
+    unreadable_note,
 )
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog, print_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
@@ -72,7 +73,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
 )
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import model_per_token_logps
-from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.models import check_padding, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     anywhere,
@@ -132,6 +133,7 @@ def train(config: TrainConfig) -> TrainResult:
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
     notes = check_policy(policy, tokenizer)
+    check_padding(tokenizer, models)
     max_length = usable_length(config.max_length, models)
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
@@ -143,6 +145,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_space(output_dir, policy, steps, config)
     identity = identity_of(config, world_size, train_pairs, eval_pairs, sources)
     notes += warm_up_note(config, steps) + check_same_run(checkpoint, output_dir, identity, config)
+    notes += unreadable_note(output_dir, checkpoint) if config.resume == "auto" else []
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True, highlight=False)
     if config.resume and (finished := finished_run(output_dir, steps, checkpoint)):

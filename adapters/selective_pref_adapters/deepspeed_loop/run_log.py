@@ -41,7 +41,7 @@ class RunLog:
     def __init__(
         self, folder: Path, config: TrainConfig, identity: dict[str, Any], step: int | None, *, writes: bool
     ) -> None:
-        self.lines = [] if step is None else _lines_until(folder / "metrics.jsonl", step)
+        self.lines = [] if step is None else lines_until(folder / "metrics.jsonl", step)
         self._file = self._board = self._tracker = None
         self._lock = -1
         dist.barrier()  # every process has read the old log before the first one changes it
@@ -115,12 +115,17 @@ def _locked(folder: Path) -> int:
     return handle
 
 
-def _lines_until(path: Path, step: int) -> list[LoggedMetrics]:
+def lines_until(path: Path, step: float) -> list[LoggedMetrics]:
     """The lines of a log up to a step, without a last line that was cut short when the run was killed."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    lines: list[LoggedMetrics] = [json.loads(line) for line in whole]
+    lines: list[LoggedMetrics] = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is damaged: {error}. Remove that line to go on without it") from error
     return [line for line in lines if (at := line["step"]) is not None and at <= step]
 
 

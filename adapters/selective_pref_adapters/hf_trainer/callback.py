@@ -23,6 +23,7 @@ from selective_pref import PreferenceLoss
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
+    check_references,
     check_resumable,
     check_rows,
     check_schedules,
@@ -30,7 +31,8 @@ from selective_pref_adapters.hf_trainer.checks import (
     datasets_of,
     models_of,
 )
-from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss
+from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
+from selective_pref_adapters.models import check_padding, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
@@ -119,9 +121,12 @@ class SelectionCallback(TrainerCallback, ExportableState):
         for reference in loss.references.values():
             if isinstance(reference, AdapterOffReference):
                 reference.policy = functools.partial(_runnable, trainer)
+            else:
+                reference.start = functools.partial(started_as_policy, trainer)
         # `model_init` makes another model at each `train`, which has no fused head: its logits are used.
         collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
         models = models_of(trainer)
+        check_padding(collator.tokenizer, models)
         collator.set_max_length(models)
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, models)
@@ -135,6 +140,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Restores from a checkpoint what the warnings look back on."""
         if self.trainer is None:  # added to a finished Trainer, or made anew from a checkpoint by it
             self.attach(_calling_trainer())
+        check_references(self.trainer)  # again: parameters may have been frozen, or unfrozen, since
+        check_trainable(self.trainer.model)
         if state.global_step == 0:
             self.warnings, self.history, self._drawn_at = [], {}, -1
         else:

@@ -23,7 +23,14 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref_adapters.models import load_config, load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.models import (
+    check_padding,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_token_id,
+    usable_length,
+)
 from selective_pref_adapters.options import ScoreConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
@@ -119,6 +126,7 @@ def local_reference(config: ScoreConfig) -> Reference:
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
     model = load_model(name, dtype=config.dtype, attention=config.attention).to(_device()).eval().requires_grad_(False)
+    check_padding(tokenizer, {"reference": model})
     label = Path(name).name if Path(name).exists() else name
     store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
     source = partial(local_logps, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)

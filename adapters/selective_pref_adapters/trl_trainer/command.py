@@ -31,7 +31,7 @@ from trl import (
 
 from selective_pref_adapters.pairs import parse_columns, read_rows
 from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, splits_of
-from selective_pref_adapters.recipes import config_file
+from selective_pref_adapters.recipes import bare_word, config_file
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
 
@@ -109,14 +109,17 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
     if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
         raise ValueError(f"{path} must hold 'name: value' lines ('env' holds such lines, too)")
     os.environ.update({str(name): str(value) for name, value in settings.pop("env", {}).items()})
-    options = {action.dest: action for action in parser._actions}
+    options = {action.dest: action for action in reversed(parser._actions)}  # of --x and --no_x the first
     for name, value in settings.items():
         if name not in options:
             near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
             meant = f": did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
-        if value is False and "no" in (options[name].choices or ()):
-            settings[name] = "no"  # YAML reads a bare `no` as False
+        option = options[name]
+        switch = option.nargs == "?" or getattr(option.type, "__name__", None) == "string_to_bool"  # TRL's, or its copy
+        if isinstance(value, bool) and not switch:
+            place = f"{path}: {name}"
+            settings[name] = bare_word(place, value, choices=option.choices or (), default=option.default)
     beside = path.parent / str(settings.get("deepspeed"))
     if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
         words += ["--deepspeed", str(beside)]

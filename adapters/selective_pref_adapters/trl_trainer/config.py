@@ -218,6 +218,8 @@ def check_options(args: SelectiveDPOConfig) -> None:
         if value != default:
             instead = _INSTEAD.get(option.name, "leave it out")
             raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}")
     if args.selection_warmup_steps < 0:
         raise ValueError(f"selection_warmup_steps must be at least 0; got {args.selection_warmup_steps}")
     if args.sync_ref_model and (args.reference_store is not None or args.precompute_ref_log_probs):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from trl import DPOTrainer
 
@@ -24,7 +24,7 @@ from selective_pref.fused import LogitStatistics
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
-from selective_pref_adapters.models import check_reloadable, usable_length
+from selective_pref_adapters.models import check_reloadable, check_trainable, switch_off_dropout, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     MetricWindow,
@@ -35,7 +35,13 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.objectives import loss_of_batch, needs_reference
 from selective_pref_adapters.pairs import parse_columns
-from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
+from selective_pref_adapters.trl_trainer.checks import (
+    check_arguments,
+    check_built,
+    check_ids,
+    check_left,
+    selects_by_alignment,
+)
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.data import (
     READ_ROW,
@@ -127,6 +133,8 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         take_back_forward(self.model)
         self._use_own_collator()
+        if args.disable_dropout:  # TRL reaches the rates of `nn.Dropout` alone
+            switch_off_dropout(self.model)
         self._check_once()
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True)
@@ -139,10 +147,13 @@ class SelectiveDPOTrainer(DPOTrainer):
         """As `DPOTrainer.train`.
 
         Raises:
-            ValueError: a run is resumed whose checkpoints transformers' `Trainer` does not load back completely.
+            ValueError: nothing of the policy learns, its reference would move, or a run is resumed whose checkpoints
+                transformers' `Trainer` does not load back completely.
         """
         if resume_from_checkpoint:
             check_reloadable(self, "resume_from_checkpoint")
+        check_trainable(self.model)  # again: parameters may have been frozen, or unfrozen, since
+        self.reference.check()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # --- data --------------------------------------------------------------------------------------------------------
@@ -154,7 +165,11 @@ class SelectiveDPOTrainer(DPOTrainer):
                 raise ValueError(
                     "stock_tokenization needs raw rows: give the data set as it is, not rows that are read"
                 )
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            if isinstance(dataset, Dataset) and not len(dataset):
+                check_left(dataset_name, dataset, dataset, args.max_length)
+            tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            check_left(dataset_name, dataset, tokenised, args.max_length)
+            return tokenised
         with PartialState().main_process_first():
             return prepared(
                 dataset,
@@ -199,7 +214,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         ref_logps = self.reference.logps_of(inputs)
         out = loss_of_batch(self.objective, inputs, logps, ref_logps)
         if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
-            raise non_finite_error(out, f"step {self.state.global_step + 1}")
+            raise non_finite_error(out, self._where)
         pairs = len(out.losses)
         own = pairs if self._mode == "train" else own_pairs(pairs)
         self._add_metrics(inputs, out, logps, ref_logps, statistics, own)
@@ -222,12 +237,19 @@ class SelectiveDPOTrainer(DPOTrainer):
         """The optimiser step in training; None in an evaluation, whose loss must not depend on it."""
         return self.state.global_step if self._mode == "train" else None
 
+    @property
+    def _where(self) -> str:
+        """What errors begin with."""
+        step = self.state.global_step
+        return f"step {step + 1}" if self._mode == "train" else f"evaluation after step {step}"
+
     # --- before the first step ---------------------------------------------------------------------------------------
 
     def _check_once(self) -> None:
         """Checks the models that TRL has loaded, before a row is scored with them."""
         if not self._checked:
             check_built(self, self.reference.model, self.reference.tokenizer)
+            check_ids(self.model, [self.train_dataset, *_all_sets(self.eval_dataset)])
             self.reference.check()
             self._checked = True
 
