@@ -64,7 +64,7 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    for name in ("warmup_steps", "weight_decay"):
+    for name in ("warmup_steps", "weight_decay", "picture_pairs"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 0; got {getattr(config, name)}")
     if config.offload_optimizer and config.zero_stage < 1:
@@ -152,6 +152,16 @@ def warm_up_note(config: TrainConfig, steps: int) -> list[str]:
     if config.warmup_steps < steps:
         return []
     return [f"warmup_steps {config.warmup_steps} of {steps} steps: the learning rate reaches its peak at no step"]
+
+
+def image_note(config: TrainConfig) -> list[str]:
+    """A sentence where the selection of the fixed pairs cannot be drawn as an image, for lack of a library."""
+    if not config.picture_pairs or importlib.util.find_spec("matplotlib") is not None:
+        return []
+    return [
+        "matplotlib is not installed: the selection of the fixed pairs is kept as files, without images in TensorBoard "
+        "and trackers (pip install 'selective-pref[seeing]', or --picture-pairs 0)"
+    ]
 
 
 def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:

@@ -71,11 +71,23 @@ def write_selection(
         OSError: a file cannot be written.
     """
     pairs = shown_pairs(out, ids, tokenizer, places=places)
+    write_pairs(pairs, folder, step)
+    return pairs
+
+
+def write_pairs(pairs: Sequence[ShownPair], folder: Path, step: int) -> None:
+    """`write_selection` of pairs that are gathered already."""
     name = f"step-{step:06d}"
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     write_whole(folder / FOLDER / f"{name}.svg", svg_of_pairs(pairs, title=name))
     write_whole(folder / FOLDER / f"{name}.json", pairs_json(pairs, step=step))
-    return pairs
+
+
+def remove_selections_after(folder: Path, step: int) -> None:
+    """Removes what a run kept after `step`: a run that is resumed there goes on from it, perhaps in another way."""
+    for path in (folder / FOLDER).glob("step-*.*"):
+        if (number := path.stem.removeprefix("step-")).isdigit() and int(number) > step:
+            path.unlink()
 
 
 def pairs_json(pairs: Sequence[ShownPair], **more: Any) -> str:
