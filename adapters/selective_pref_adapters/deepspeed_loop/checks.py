@@ -24,6 +24,7 @@ from selective_pref_adapters.files import existing
 from selective_pref_adapters.models import check_no_auxiliary_loss, check_savable, check_trainable
 from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective
 from selective_pref_adapters.options import UNREAD, TrainConfig
+from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
 
 
 def check_config(config: TrainConfig) -> None:
@@ -156,12 +157,7 @@ def warm_up_note(config: TrainConfig, steps: int) -> list[str]:
 
 def image_note(config: TrainConfig) -> list[str]:
     """A sentence where the selection of the fixed pairs cannot be drawn as an image, for lack of a library."""
-    if not config.picture_pairs or importlib.util.find_spec("matplotlib") is not None:
-        return []
-    return [
-        "matplotlib is not installed: the selection of the fixed pairs is kept as files, without images in TensorBoard "
-        "and trackers (pip install 'selective-pref[seeing]', or --picture-pairs 0)"
-    ]
+    return [NO_IMAGES] if config.picture_pairs and not can_draw() else []
 
 
 def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from selective_pref_adapters.monitoring import verdict
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.seeing.pictures import remove_selections_after, write_pairs
 from selective_pref_adapters.seeing.shown import ShownPair
+from selective_pref_adapters.seeing.trackers import can_draw, track_selection
 
 
 class RunLog:
@@ -98,9 +98,7 @@ class RunLog:
     def write_selection(self, step: int, pairs: Sequence[ShownPair]) -> None:
         """Keeps the selection of the fixed pairs: files in the run's folder, and images where matplotlib is there."""
         write_pairs(pairs, self._folder, step)
-        if importlib.util.find_spec("matplotlib") is not None:
-            from selective_pref_adapters.seeing.trackers import track_selection
-
+        if can_draw():
             track_selection(pairs, step, board=self._board, tracker=self._tracker)
 
 
