@@ -70,6 +70,8 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         reference_space: which reference of that folder (its name or label), where it holds several.
         raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
+        picture_pairs: at each evaluation, keep the selection of so many pairs, the first of the evaluation set, as
+            `selection/step-….svg` and `.json` in the output folder, and as an image in every tracker.
     """
 
     max_length: int | None = field(
@@ -93,6 +95,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         default=True, metadata={"help": "Stop on all processes before a loss that is not finite reaches the weights."}
     )
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
+    picture_pairs: int = field(
+        default=0, metadata={"help": "At each evaluation, keep the selection of so many pairs as a picture."}
+    )
 
     def __post_init__(self) -> None:
         if callable(self.scores):
@@ -204,8 +209,9 @@ def check_options(args: SelectiveDPOConfig) -> None:
         if value != default:
             instead = _INSTEAD.get(option.name, "leave it out")
             raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
-    if args.selection_warmup_steps < 0:
-        raise ValueError(f"selection_warmup_steps must be at least 0; got {args.selection_warmup_steps}")
+    for name in ("selection_warmup_steps", "picture_pairs"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0; got {getattr(args, name)}")
     if args.sync_ref_model and (args.reference_store is not None or args.precompute_ref_log_probs):
         raise ValueError(
             "sync_ref_model changes the reference during training, so its stored log-probs would be wrong: leave "
