@@ -89,6 +89,9 @@ def test_reference_holds_the_public_names_once_each() -> None:
     # diagnostics is a module as well, so its entry has to name both
     entries = re.findall(r"^::: selective_pref\.(?:diagnostics\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(entries) == sorted(selective_pref.__all__)
+    for module in (selective_pref.pair_losses, selective_pref.divergences):
+        listed = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
+        assert sorted([*listed, *(set(module.__all__) & set(entries))]) == sorted(module.__all__)
 
 
 def train_flags() -> dict[str, str]:
