@@ -39,8 +39,10 @@ class InspectConfig:
     """Heading of the page."""
     beta: float = 0.01
     """Strength of the pull towards the reference, for rewards and losses."""
-    selection_ratio: float = 0.4
-    """Share of each pool's tokens to keep, in (0, 1]. A page can show others, too."""
+    selection_ratio: float | str = 0.4
+    """Share of each pool's tokens to keep, in (0, 1], or one for each side, as 0.4,0.1 (chosen, rejected)."""
+    min_score: float | None = None
+    """Of those tokens keep only the ones with a score above it, in nats; with selection_ratio 1 it decides alone."""
     selection_pool: Pool = "response"
     """Which tokens compete: those of one response, or of one pair (batch: of eight pairs)."""
     selection_ties: Ties = "share"
