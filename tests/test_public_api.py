@@ -161,7 +161,7 @@ FLOORS = [
     {"batch"},
     {"pairs"},
     {"models"},
-    {"options", "files"},
+    {"options", "files", "recipes"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 

@@ -265,7 +265,7 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: Any) -> None:
     figures = str(tmp_path / "figures")
     assert main(["report", *map(str, runs), "--out", str(out), "--figures", figures]) == 0
     said = capsys.readouterr().err.replace("\n", "")
-    assert "<one>: The full margin (eval_rewards/margins) rose from 0 to 0.4, the full" in said
+    assert "<one>: good: The full margin (eval_rewards/margins) rose from 0 to 0.4, the full" in said
     page = out.read_text(encoding="utf-8")
     assert "<script" not in page
     assert "&lt;one&gt;" in page

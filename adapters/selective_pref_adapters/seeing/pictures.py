@@ -120,10 +120,11 @@ def svg_of_pairs(pairs: Sequence[ShownPair], *, title: str) -> str:
                     column, y = 0, y + _HEIGHT
             y += _HEIGHT + _HEIGHT // 2
         y += _HEIGHT // 2
-    size = 2 * _MARGIN + _COLUMNS * _WIDTH, y - _HEIGHT
+    width, height = 2 * _MARGIN + _COLUMNS * _WIDTH, y - _HEIGHT
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             f"<title>{escape(printable(title))}</title><style>{_CSS}</style>",
             '<rect width="100%" height="100%" fill="white"/>',
             *body,

@@ -76,7 +76,8 @@ def report(config: ReportConfig) -> Path:
     console = Console(stderr=True, highlight=False)
     for run in runs:
         for finding in findings(run):
-            console.print(f"{run.name}: {finding.text}", soft_wrap=True, markup=False)
+            label = "" if finding.kind == "normal" else f"{finding.kind}: "
+            console.print(f"{run.name}: {label}{finding.text}", soft_wrap=True, markup=False)
     console.print(f"report: {path}", soft_wrap=True, markup=False)
     return path
 
@@ -124,24 +125,26 @@ def run_figures(runs: Sequence[Run]) -> list[Figure]:
 
 def findings(run: Run) -> list[Finding]:
     """What a reader should conclude: what the callback said while the run went on, then `monitoring.verdict`."""
-    selects = run.config.get("objective", "selective_dpo") == "selective_dpo"
-    ratio = run.config.get("selection_ratio", 1.0) if selects else 1.0
-    said = verdict(run.lines, selection_ratio=ratio, patience=run.patience)
+    selective = run.config.get("objective", "selective_dpo") == "selective_dpo"
+    ratio = run.config.get("selection_ratio") or 1.0
+    selects = selective and ratio < 1
+    said = verdict(run.lines, selection_ratio=ratio if selects else 1.0, patience=run.patience)
     given = {warning["kind"]: f"step {warning['step']}: {warning['message']}" for warning in run.warnings}
-    found = [Finding(kind="warning", text=text) for text in ({**said.warnings, **given}).values()]
+    warned = {kind: f"{text[0].upper()}{text[1:]}." for kind, text in said.warnings.items()}
+    found = [Finding(kind="warning", text=text) for text in (warned | given).values()]
     broken = sum(math.isnan(value) for name in ("loss", "rewards/margins") for value in run.series(name)[1])
     if broken:
         found.append(Finding(kind="warning", text=f"{broken} logged losses or margins are not finite."))
     if said.moved:
         good = said.rose and "falling" not in said.warnings
-        found.append(Finding(kind="good" if good else "normal", text=said.moved + (" That is good." if good else "")))
+        found.append(Finding(kind="good" if good else "normal", text=said.moved))
     prefix = "eval_" if len(run.series("eval_rewards/margins")[0]) > 1 else ""
     losses, selected = (run.series(f"{prefix}{name}")[1] for name in ("loss", "selection/rewards/margins"))
-    if losses and losses[-1] > math.log(2):
+    if selects and losses and losses[-1] > math.log(2):
         text = f"The loss ends at {losses[-1]:.4g}, above log 2. "
         text += "With a selection that is normal where the full margin rises." if said.rose else "See the full margin."
         found.append(Finding(kind="normal", text=text))
-    if selected and selected[-1] < 0:
+    if selects and selected and selected[-1] < 0:
         text = f"The margin of the kept tokens ends at {selected[-1]:.4g}: selection takes the tokens that look worst, "
         found.append(Finding(kind="normal", text=f"{text}so below 0 is normal. Judge by the full margin."))
     if not said.moved:
