@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "log-probs of a reference into a store, once for all runs that read them",
     "inspect": "pairs as the loss reads them: a page, a picture or text, and statistics over a data set",
     "report": "one page of one run or several: curves, what differs, what it means",
+    "rows": "how each row of a file is read and tokenised, and what is left out, before anything is trained",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -158,6 +159,26 @@ def _report(arguments: list[str]) -> int:
 _REPORT = "Show how runs went: their curves over each other, what differs in their configuration, what to conclude."
 
 
+def _rows(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.options import RowsConfig
+
+    flags = _with_config_file(arguments, RowsConfig, "rows")
+    config = tyro.cli(RowsConfig, args=flags, prog="selective-pref rows", description=_ROWS)
+
+    from selective_pref_adapters.pairs.command import show_rows
+
+    return show_rows(config)
+
+
+_ROWS = """Show how rows are read: schema, prompt and completion tokens with the boundary, what is cut and left out.
+
+The exit status is 1 where nothing can be trained on. `--config FILE.yaml` reads flags from a file; flags on the command
+line win.
+"""
+
+
 def _demo(arguments: list[str]) -> int:
     from selective_pref_adapters.replication.demo import main as demo
 
@@ -168,6 +189,7 @@ _RUN = {
     "train": _train,
     "dpo": _dpo,
     "score": _score,
+    "rows": _rows,
     "inspect": _inspect,
     "report": _report,
     "demo": _demo,

@@ -25,7 +25,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.models import context_length, load_model, load_tokenizer, pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, ScoreConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
+from selective_pref_adapters.pairs import (
+    TokenizedPair,
+    check_same_tokenizer,
+    parse_columns,
+    read_rows,
+    tokenize_pairs,
+)
 from selective_pref_adapters.reference_store.fill import (
     Comparison,
     Scorer,
@@ -203,16 +209,18 @@ def load_pairs(
             f"--max-length {context} or less, the same in training"
         )
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
-    rows = read_rows(str(config.pairs), malformed)
+    notes: list[str] = []
+    rows = read_rows(str(config.pairs), malformed, columns=parse_columns(config.columns), notes=notes)
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
         max_length=max_length_in_force(config, context),
         truncation_mode=config.truncation_mode,
         keep_unteachable=True,  # who trains on them looks for them
+        malformed=malformed,
         progress=progress,
     )
-    notes = report.lines()
+    notes += report.lines()
     if malformed:
         notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
     return pairs, notes

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import Tokenizer
 from selective_pref_adapters.reference_store.shards import StoreError
-from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, own_vocabulary, vocabulary_digest
+from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, vocabulary_digest
 
 SCORING_VERSION = 1
 """Part of every reference's identity: raised whenever a change of this code changes the numbers it gives."""

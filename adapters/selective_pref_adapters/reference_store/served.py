@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 
+from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_store.fill import (
     Scored,
@@ -34,7 +35,7 @@ from selective_pref_adapters.reference_store.identity import SCORING_VERSION
 from selective_pref_adapters.reference_store.served_answers import Texts, TryAgainError, ask
 from selective_pref_adapters.reference_store.served_probe import check_server
 from selective_pref_adapters.reference_store.server import Protocol, Server, ServerError
-from selective_pref_adapters.reference_store.spaces import own_vocabulary, vocabulary_digest
+from selective_pref_adapters.reference_store.spaces import vocabulary_digest
 from selective_pref_adapters.reference_store.store import ReferenceStore, Row, Space, StoreError, rows_of_pairs
 
 __all__ = [

@@ -59,19 +59,6 @@ def space_name(identity: Mapping[str, Any], version: int) -> str:
     return digest_of_json([version, identity])
 
 
-def own_vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Token → id of a tokenizer, without a pad token that it was given behind all others.
-
-    No row that is scored holds it, so a reference is the same one with it and without.
-    """
-    vocabulary = dict(tokenizer.get_vocab())
-    pad = getattr(tokenizer, "pad_token", None)
-    others = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token")]
-    if pad in vocabulary and pad not in others and vocabulary[pad] == max(vocabulary.values()):
-        del vocabulary[pad]
-    return vocabulary
-
-
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
     """The digest of every token and its id: 32 hexadecimal digits."""
     return digest_of_json(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))

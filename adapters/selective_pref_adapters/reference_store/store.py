@@ -40,7 +40,8 @@ import torch
 
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.files import sync, write_whole
-from selective_pref_adapters.pairs import TokenizedPair, Tokenizer, differing_token
+from selective_pref_adapters.models import differing_token, own_vocabulary
+from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_store.shards import (
     KEY_BYTES,
     SUFFIX,
@@ -60,7 +61,6 @@ from selective_pref_adapters.reference_store.spaces import (
     MANIFEST,
     Space,
     holds_rows,
-    own_vocabulary,
     read_fillings,
     read_manifest,
     read_spaces,
@@ -135,11 +135,7 @@ def rows_of_pairs(pairs: Iterable[TokenizedPair]) -> list[Row]:
     """Both sides of every pair, chosen then rejected, pair after pair."""
     rows = []
     for pair in pairs:
-        for side, ids, prompt_length in (
-            ("chosen", pair.chosen_ids, pair.chosen_prompt_length),
-            ("rejected", pair.rejected_ids, pair.rejected_prompt_length),
-        ):
-            mask = np.arange(len(ids)) >= prompt_length
+        for side, ids, mask in pair.sides():
             rows.append(Row(ids=np.asarray(ids, dtype=np.int32), mask=mask, place=f"{pair.place}, {side}"))
     return rows
 
