@@ -300,7 +300,7 @@ def _margins_and_accuracies(lines: Sequence[Mapping[str, float | None]], prefix:
 
 
 def _moved(first: float, last: float) -> str:
-    if first == last:
+    if f"{first:.4g}" == f"{last:.4g}":
         return f"stayed at {last:.4g}"
     return f"{'rose' if last > first else 'fell'} from {first:.4g} to {last:.4g}"
 

@@ -30,6 +30,7 @@ from selective_pref_adapters.pairs import (
     TokenizedPair,
     check_same_tokenizer,
     collate,
+    parse_columns,
     read_rows,
     tokenize_pairs,
 )
@@ -58,7 +59,10 @@ def inspect(config: InspectConfig) -> list[ShownPair]:
     check_config(config)
     disable_progress_bar()
     notes = Console(stderr=True)
-    rows = read_rows(config.pairs)
+    about: list[str] = []
+    rows = read_rows(config.pairs, columns=parse_columns(config.columns), notes=about)
+    for line in about:
+        notes.print(f"[yellow]note:[/yellow] {line}", soft_wrap=True)
     wanted = row_numbers(config.rows, len(rows))
     counted = range(1, min(config.statistics, len(rows)) + 1)
     numbers = sorted({*wanted, *counted})

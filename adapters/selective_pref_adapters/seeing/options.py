@@ -24,7 +24,9 @@ class InspectConfig:
     model: str
     """Policy: a folder or hub id of a causal language model."""
     pairs: str
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     ref_model: str | None = None
     """Reference: a folder or hub id of a model with the same tokenizer."""
     store: str | None = None

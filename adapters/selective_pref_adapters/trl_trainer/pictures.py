@@ -64,5 +64,5 @@ class SelectionPictures(TrainerCallback):
         with torch.no_grad():
             logps = frozen_per_token_logps(model, batch)
             out = loss_of_batch(trainer.objective, batch, logps, trainer.reference.logps_of(batch))
-        places = [f"evaluation set, row {row}" for row in range(first, first + len(rows))]
+        places = [row.get("place") or f"evaluation set, row {at}" for at, row in enumerate(rows, start=first)]
         yield from shown_pairs(out, batch["input_ids"], trainer.processing_class, places=places)
