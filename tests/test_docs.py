@@ -97,13 +97,20 @@ def test_reference_holds_the_public_names_once_each() -> None:
 def train_flags() -> dict[str, str]:
     """Flag → default as the page writes it, read from the source: importing it would import DeepSpeed."""
     source = (ROOT / "adapters" / "selective_pref_adapters" / "options.py").read_text(encoding="utf-8")
-    config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     words = {"required": "required", "None": "none", "False": "off", "True": "on"}
     flags = {}
-    for field in config.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            default = "required" if field.value is None else ast.unparse(field.value).strip("'")
-            flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
+    left = ["TrainConfig"]
+    while left:
+        config = classes[left.pop()]
+        left += [base.id for base in config.bases if isinstance(base, ast.Name)]
+        for field in config.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                value = field.value
+                if isinstance(value, ast.Call):  # field(default=..., metadata=...)
+                    value = next(word.value for word in value.keywords if word.arg == "default")
+                default = "required" if value is None else ast.unparse(value).strip("'")
+                flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
     return flags
 
 
