@@ -256,10 +256,9 @@ def main(argv: list[str] | None = None) -> int:
             write_results(output_dir / "results.json", runs, scale)  # after every seed: none is lost
     if len(runs) > 1:
         console.print(spread_table(runs))
-    pages = [show_selection(output_dir / f"seed-{seed}", **SHOWN) for seed in seeds]
     console.print(f"{time.monotonic() - start:.0f} s; data, models and results.json: {output_dir}", soft_wrap=True)
-    for page in pages:
-        console.print(page, soft_wrap=True)
+    for seed in seeds:
+        console.print(show_selection(output_dir / f"seed-{seed}", **SHOWN), soft_wrap=True)
     return 0
 
 
