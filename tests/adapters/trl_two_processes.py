@@ -115,7 +115,7 @@ def main(policy: str, reference: str, folder: Path) -> None:
         assert every_rank[0] == every_rank[1], "ranks log different numbers"
         trainer.evaluate()  # 5 pairs on two processes with 4 each: the last batch is filled up with 3 repeated ones
         seen = {"steps": steps, "sharded": sharded, "eval": trainer.state.log_history[-1]}
-        if changed.get("picture_pairs"):
+        if changed.get("picture_pairs") and dist.get_rank() == 0:  # which has written them
             drawn = json.loads((folder / "out" / "selection" / "step-000004.json").read_text())["pairs"]
             seen["kept"] = [[sum(pair[side]["weights"]) for side in ("chosen", "rejected")] for pair in drawn]
         if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
