@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = {"score": "what was scored is stored", "inspect": "nothing was written", "report": "nothing was written"}
+        left = {"score": "computed rows are stored", "inspect": "nothing was written", "report": "nothing was written"}
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
@@ -115,10 +115,10 @@ def _score(arguments: list[str]) -> int:
     return 0
 
 
-_SCORE = """Score pairs with a reference, once, into a store that training reads.
+_SCORE = """Compute a reference's log-probs of pairs, once, into a store that training reads.
 
-Only what the store lacks is scored, so the same command goes on after a kill. --stat, --verify and --prune look after
-a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
+Only what the store lacks is computed, so the same command goes on after a kill. --stat, --verify and --prune count,
+check and tidy up a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
 """
 
 

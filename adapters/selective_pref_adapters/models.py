@@ -103,7 +103,9 @@ def usable_length(max_length: int | None, models: Mapping[str, Any]) -> int:
     contexts = {name: length for name, model in models.items() if (length := context_length(model)) is not None}
     for name, context in contexts.items():
         if max_length is not None and max_length > context:
-            raise ValueError(f"max_length {max_length} is longer than the {name} can read ({context} tokens)")
+            raise ValueError(
+                f"max_length {max_length} is longer than the {name} can read ({context} tokens): give {context} or less"
+            )
     return max_length if max_length is not None else min([PAPER_MAX_LENGTH, *contexts.values()])
 
 
@@ -237,6 +239,18 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without dropout; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 # --- what two tokenizers mean -----------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ class ScoreConfig:
     batch_tokens: int = 16384
     """Token positions of one batch on a GPU; a CPU takes row after row."""
     flush_seconds: float = 30.0
-    """What is scored is written at least this often: what a kill costs at most."""
+    """What is computed is written at least this often: a kill loses no more."""
     url: str | None = None
     """A server that speaks OpenAI's completions protocol, up to and with /v1: it is asked instead of a local model."""
     protocol: Literal["completions", "prompt_logprobs"] = "completions"
@@ -224,11 +224,11 @@ class ScoreConfig:
     stat: bool = False
     """Only show what the store holds; with --pairs and --tokenizer or --ref-model, also how many rows it lacks."""
     verify: bool = False
-    """Only score a random sample of the stored rows again, and compare."""
+    """Only compute a random sample of the stored rows again, and compare."""
     verify_rows: int = 64
     """Rows of that sample."""
     verify_seed: int = 0
-    """Which ones are drawn."""
+    """Seed of that sample."""
     verify_tolerance: float | None = None
     """Largest difference in nats that passes. Default: 1e-3 for float32 on this machine; else 0.5, and of a server
     0.015 in the mean."""

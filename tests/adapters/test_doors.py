@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, disable_progress_bars
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
@@ -40,7 +40,9 @@ def rows(draw: st.DrawFn) -> tuple[str, dict[str, Any], dict[str, Any]]:
     }
     with_system = {**turns, "prompt": [{"role": "system", "content": system}, *turns["prompt"]]}
     head = f"\n\nHuman: {asked}\n\nAssistant:"
-    schema = draw(st.sampled_from(["text", "hh", "chat", "whole", "sharegpt", "alpaca", "orca", "openai"]))
+    schema = draw(
+        st.sampled_from(["text", "text", "text", "hh", "chat", "whole", "sharegpt", "alpaca", "orca", "openai"])
+    )
     if schema == "text":
         start, end = draw(st.sampled_from(["", "<s>"])), draw(st.sampled_from(["", "</s>", "</s>\n", "</s></s>"]))
         row = {"prompt": start + asked + " ", "chosen": good + end, "rejected": bad + end}
@@ -141,6 +143,7 @@ def through_every_door(row: dict[str, Any], tokenizer: Any, length: int, mode: A
     return seen
 
 
+@settings(max_examples=max(40, settings.default.max_examples))
 @given(
     row=rows(),
     kind=st.sampled_from(KINDS),

@@ -1,0 +1,98 @@
+"""The log-probs that a model on this process gives to rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
+from selective_pref_adapters.models import context_length, evaluating
+from selective_pref_adapters.reference_store.rows import Row, RowLogps
+from selective_pref_adapters.reference_store.shards import StoreError
+
+BATCH_TOKENS = 16384
+"""Token positions of one batch on a GPU, padding included."""
+
+
+def local_logps(
+    rows: Sequence[Row], model: nn.Module, *, pad_token_id: int, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[RowLogps]:
+    """The log-probs that a model on this process gives to rows: a `LogpSource`, once its options are bound.
+
+    On a CPU each row is a batch of its own; on a GPU rows of like length share one.
+
+    Raises:
+        StoreError: a row is longer than the model can read, or holds ids that it does not have; before any is computed.
+    """
+    _check_readable(rows, model)
+    with _undisturbed(model):
+        install_fused_head(model)
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    for group in _groups(ordered, batch_tokens if device.type == "cuda" else 1):
+        with _undisturbed(model), torch.autocast(device.type, enabled=False):
+            logps = frozen_per_token_logps(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
+        yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=True)]
+
+
+def _check_readable(rows: Sequence[Row], model: Any) -> None:
+    """Raises StoreError for the first row that the model cannot read."""
+    context = context_length(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for row in rows:
+        if context is not None and len(row.ids) > context:
+            raise StoreError(
+                f"{row.place}: {len(row.ids)} tokens are more than the reference can read ({context}): truncate the "
+                f"pairs to what both models can read (max_length {context} or less), the same for this and for "
+                "training"
+            )
+        if int(row.ids.max()) >= vocabulary or int(row.ids.min()) < 0:
+            raise StoreError(
+                f"{row.place}: token id {int(row.ids.max())} is outside the reference's vocabulary of {vocabulary}: "
+                "tokenizer and reference do not belong together"
+            )
+
+
+def _groups(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Consecutive rows, the longest first, whose padded batch has at most `batch_tokens` positions (or one row)."""
+    group: list[Row] = []
+    for row in rows:
+        if group and (len(group) + 1) * len(group[0].ids) > batch_tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _collate(rows: Sequence[Row], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Rows as a batch, padded on the right."""
+
+    def padded(sequences: Sequence[np.ndarray], value: int = 0) -> Tensor:
+        tensors = [torch.from_numpy(sequence).to(torch.int64) for sequence in sequences]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    return {
+        "input_ids": padded([row.ids for row in rows], pad_token_id),
+        "attention_mask": padded([np.ones_like(row.mask) for row in rows]),
+        "completion_mask": padded([row.mask for row in rows]),
+    }
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module's mode and every random state is what it was before."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())), evaluating(model):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
