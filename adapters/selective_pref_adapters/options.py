@@ -114,6 +114,8 @@ class TrainConfig(LossOptions, TrainInputs):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_steps: int | None = None
     """Evaluate every so many steps; it is always done before the first and after the last."""
+    picture_pairs: int = 2
+    """At each evaluation, keep the selection of so many held-out pairs, the first ones, as a picture; 0 for none."""
     logging_steps: int = 10
     """Write metrics every so many steps: means over them, with the last step's gradient norm."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
@@ -162,6 +164,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_pairs",
         "eval_steps",
         "logging_steps",
+        "picture_pairs",
         "tracker",
         "save_steps",
         "keep_checkpoints",

@@ -1062,9 +1062,12 @@ def test_options_of_the_objects_that_make_no_sense(
 
 
 def test_pictures_of_fixed_pairs(build: Run, pairs: list[TokenizedPair], tmp_path: Path) -> None:
-    """At each evaluation, without touching what the evaluation reports."""
+    """At each evaluation, without touching what the evaluation reports; in files and in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
     options = {"evaluation": {"one": pairs[30:35], "two": pairs[35:]}, "eval_strategy": "steps", "eval_steps": 2}
-    drawn, plain = build(callback=SelectionCallback(picture_pairs=2), **options), build(**options)
+    drawn = build(callback=SelectionCallback(picture_pairs=2), report_to="tensorboard", **options)
+    plain = build(**options)
     for trainer in (drawn, plain):
         trainer.train()
     assert logged(drawn) == logged(plain)
@@ -1080,6 +1083,9 @@ def test_pictures_of_fixed_pairs(build: Run, pairs: list[TokenizedPair], tmp_pat
     assert [title.split(": ")[0] for title in titles] == [title.replace(": ", ":") for title in expected]
     tokens = len(pairs[30].chosen_ids) - pairs[30].chosen_prompt_length
     assert titles[0].endswith(f"{math.ceil(0.4 * tokens)} of {tokens} tokens")
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={IMAGES: 0}).Reload()
+    assert [event.step for event in events.Images("selection/pairs")] == [2, 4]
 
 
 def test_the_script_of_the_page_trains_on_real_pairs(

@@ -23,6 +23,7 @@ from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches, make_order, share_of
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.seeing.runs import read_run
 from tiny import make_model, text_rows, write_jsonl
 
 Step = list[list[TokenizedPair]]
@@ -122,6 +123,11 @@ def test_two_processes_compute_what_one_does(files: dict[str, Path], two: dict[s
     """At every stage, with rows of unequal length; held-out pairs that do not divide evenly included."""
     expected = plain_torch_run(files["policy"], files["reference"], steps_of(files))
     alone = train(configured(files, "alone"))
+    drawn = [read_run(files["folder"] / name).visits for name in ("stage-3", "alone")]
+    assert [visit.step for visit in drawn[0]] == [0, 4]
+    for visits in zip(*drawn, strict=True):  # sharded weights are gathered by both processes, to be drawn by the first
+        for pairs in zip(*(visit.pairs for visit in visits), strict=True):
+            assert pairs[0]["chosen"]["scores"] == pytest.approx(pairs[1]["chosen"]["scores"], abs=1e-4)
     for stage in range(4):
         name = f"stage {stage}"
         check(files, name, two[name], expected)

@@ -35,6 +35,7 @@ from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore
+from selective_pref_adapters.seeing.runs import read_run
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
 from selective_pref_adapters.trl_trainer import config as trl_config
 from selective_pref_adapters.trl_trainer import reference as trl_reference
@@ -981,6 +982,8 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
         assert lines[name]["steps"][-1]["grad_norm"] > 0
     assert all(line["sharded"] == name.startswith("zero3") for name, line in lines.items() if "sharded" in line)
     assert lines["zero3 bf16 store"]["bits"]
+    sizes = [[len(single.train_dataset[row][f"{side}_ids"]) for side in ("chosen", "rejected")] for row in range(3)]
+    assert lines["zero3"]["kept"] == [pytest.approx([math.ceil(0.4 * size) for size in pair]) for pair in sizes]
     assert lines["nan"] == {"raised": [True, True], "own": [False, True]}
     assert run.stderr.count("the reference equals the initial policy") == 2  # once a run, on the first process
     assert "served by its logits" not in run.stderr
@@ -1000,3 +1003,41 @@ def test_a_store_may_be_shared_with_one_s_own_code(make: Make, tmp_path: Path, r
     stored = ReferenceStore.open(tmp_path / "store").lookup(batch)
     running = frozen_per_token_logps(load_fused(reference_folder), batch)
     torch.testing.assert_close(stored, running, rtol=1e-5, atol=1e-5)
+
+
+# --- the selection of fixed pairs ------------------------------------------------------------------------------------
+
+
+def test_the_selection_of_fixed_pairs_is_kept_at_each_evaluation(make: Make, tmp_path: Path) -> None:
+    """As the core selects, in files and in TensorBoard, without touching what the run computes."""
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    held_out = {"one": Dataset.from_list(ROWS[:7]), "two": Dataset.from_list(ROWS[7:9])}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    plain = steps_of(trained(make(eval_dataset=dict(held_out), **evaluated)))
+    changed = {"picture_pairs": 3, "report_to": ["tensorboard"]}
+    (tmp_path / "out" / "selection").mkdir(parents=True)
+    (tmp_path / "out" / "selection" / "step-000090.json").write_text("of an earlier run")
+    trainer = trained(make(eval_dataset=dict(held_out), **evaluated, **changed))
+    assert steps_of(trainer) == plain
+    trainer.save_state()
+    visits = read_run(tmp_path / "out").visits
+    assert [visit.step for visit in visits] == [2, 4]
+    batch = trainer.data_collator([trainer.eval_dataset["one"][row] for row in range(3)])
+    trainer.model.eval()
+    logps = [frozen_per_token_logps(model, batch) for model in (trainer.model, trainer.ref_model)]
+    out = selective_dpo_loss(*responses(batch, *logps), beta=0.01, selection_ratio=0.4)
+    assert len(visits[-1].pairs) == 3
+    for row, pair in enumerate(visits[-1].pairs):
+        assert pair["place"].endswith(f", row {row}")
+        for side in ("chosen", "rejected"):
+            kept = getattr(out, f"{side}_weights")[row][getattr(out, side).mask[row]]
+            assert pair[side]["weights"] == pytest.approx(kept.tolist())
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={IMAGES: 0}).Reload()
+    assert [event.step for event in events.Images("selection/pairs")] == [2, 4]
+
+
+def test_a_negative_number_of_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="picture_pairs must be at least 0; got -1"):
+        SelectiveDPOConfig(**options(tmp_path, picture_pairs=-1))

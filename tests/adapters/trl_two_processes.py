@@ -98,7 +98,7 @@ def main(policy: str, reference: str, folder: Path) -> None:
         "ddp": {"ref_model": reference},
         "store": {"ref_model": reference, "reference_store": store, "precompute_ref_log_probs": True},
         "zero2": {"ref_model": reference, "deepspeed": zero(2)},
-        "zero3": {"ref_model": reference, "deepspeed": zero(3)},
+        "zero3": {"ref_model": reference, "deepspeed": zero(3), "picture_pairs": 3},
         "zero3 store": {"reference_store": store, "deepspeed": zero(3)},
         "zero3 bf16": {"ref_model": reference, "deepspeed": zero(3, bf16=True), "bf16": True},
         "zero3 bf16 store": {"reference_store": store, "deepspeed": zero(3, bf16=True), "bf16": True},
@@ -115,6 +115,9 @@ def main(policy: str, reference: str, folder: Path) -> None:
         assert every_rank[0] == every_rank[1], "ranks log different numbers"
         trainer.evaluate()  # 5 pairs on two processes with 4 each: the last batch is filled up with 3 repeated ones
         seen = {"steps": steps, "sharded": sharded, "eval": trainer.state.log_history[-1]}
+        if changed.get("picture_pairs") and dist.get_rank() == 0:  # which has written them
+            drawn = json.loads((folder / "out" / "selection" / "step-000004.json").read_text())["pairs"]
+            seen["kept"] = [[sum(pair[side]["weights"]) for side in ("chosen", "rejected")] for pair in drawn]
         if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
             looked_up = trainer.reference.source().store.lookup(batch)

@@ -36,7 +36,9 @@ from selective_pref_adapters.models import check_padding, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
-from selective_pref_adapters.seeing.pictures import write_selection
+from selective_pref_adapters.seeing.pictures import remove_selections_after
+from selective_pref_adapters.seeing.shown import shown_pairs
+from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw, keep_selection
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
             Evaluations use the end of the schedule: they must be comparable.
         patience: how many logs in a row have to look wrong before a warning.
         picture_pairs: draw the selection of so many pairs, the first of the evaluation set, at each evaluation, into
-            `selection/step-….svg` in the output folder, with the numbers in a `.json` beside it.
+            `selection/step-….svg` in the output folder, with the numbers in a `.json` beside it, and as an image in
+            TensorBoard, W&B and trackio, where the Trainer reports to them.
 
     Attributes:
         warnings: {"step", "kind", "message"} of each warning that was given.
@@ -114,6 +117,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         loss.collect_metrics()
         self._set_step(0)
+        if self.picture_pairs and not can_draw() and trainer.is_world_process_zero():
+            logger.warning("%s", NO_IMAGES)
         trainer.model_accepts_loss_kwargs = False  # the model computes no loss, so it gets no count of items
         # A prediction would have two rows per pair, and the Trainer cuts off the last rows of the gathered ones, which
         # are not those that were repeated.
@@ -146,6 +151,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
             self.warnings, self.history, self._drawn_at = [], {}, -1
         else:
             check_resumable(self.trainer)
+        if self.picture_pairs and state.is_world_process_zero:
+            remove_selections_after(Path(args.output_dir), state.global_step)  # of another run, or one that is resumed
         stored = state.stateful_callbacks.get(type(self).__name__)
         if stored is not None and state.global_step > 0:
             if stored["args"] != self.state()["args"]:
@@ -260,7 +267,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             tokenizer = self.trainer.data_collator.tokenizer
             pairs = self.trainer.data_collator.pairs(rows)
             ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-            write_selection(out, ids, places, tokenizer, Path(args.output_dir), state.global_step)
+            keep_selection(self.trainer, shown_pairs(out, ids, tokenizer, places=places))
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
         """The losses of these pairs, and where they came from. Every process runs it: weights may be sharded."""

@@ -71,6 +71,8 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         reference_space: which reference of that folder (its name or label), where it holds several.
         raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
+        picture_pairs: at each evaluation, keep the selection of so many pairs, the first of the evaluation set, as
+            `selection/step-….svg` and `.json` in the output folder, and as an image in every tracker.
         columns: which columns hold what, where the schema of the rows is not recognised by them.
         skip_malformed_rows: leave out rows that are no preference pair, and count them, instead of stopping.
         stock_tokenization: let TRL split and tokenise the rows, as `DPOTrainer` does, instead of this library's reader.
@@ -97,6 +99,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         default=True, metadata={"help": "Stop on all processes before a loss that is not finite reaches the weights."}
     )
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
+    picture_pairs: int = field(
+        default=0, metadata={"help": "At each evaluation, keep the selection of so many pairs as a picture."}
+    )
     columns: str | None = field(
         default=None, metadata={"help": "Which columns hold what: prompt=question,chosen=good,rejected=bad."}
     )
@@ -220,8 +225,9 @@ def check_options(args: SelectiveDPOConfig) -> None:
             raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}")
-    if args.selection_warmup_steps < 0:
-        raise ValueError(f"selection_warmup_steps must be at least 0; got {args.selection_warmup_steps}")
+    for name in ("selection_warmup_steps", "picture_pairs"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0; got {getattr(args, name)}")
     if args.sync_ref_model and (args.reference_store is not None or args.precompute_ref_log_probs):
         raise ValueError(
             "sync_ref_model changes the reference during training, so its stored log-probs would be wrong: leave "

@@ -54,6 +54,7 @@ from selective_pref_adapters.trl_trainer.data import (
 )
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
+from selective_pref_adapters.trl_trainer.pictures import SelectionPictures
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
 
@@ -139,6 +140,8 @@ class SelectiveDPOTrainer(DPOTrainer):
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True)
         self.precompute_ref_logps = self.reference.built()
+        if args.picture_pairs:
+            self.add_callback(SelectionPictures(self, args.picture_pairs))
         selects = selects_by_alignment(args, objective)
         if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
             logger.warning("%s", SELF_REFERENCE)
