@@ -104,7 +104,7 @@ PACKAGES = (
     "pairs",
     "seeing",
 )
-MODULES = ("batch", "heads", "objectives", "references", "models", "monitoring")
+MODULES = ("batch", "heads", "objectives", "references", "models", "model_checks", "monitoring")
 
 
 def public_names(module: str) -> list[str]:

@@ -160,6 +160,7 @@ FLOORS = [
     {"model_inputs"},
     {"batch"},
     {"pairs"},
+    {"model_checks"},
     {"models"},
     {"options", "files", "recipes"},
 ]

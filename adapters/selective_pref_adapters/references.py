@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.models import evaluating, is_sharded, same_weights, trained_outside_adapters
+from selective_pref_adapters.model_checks import trained_outside_adapters
+from selective_pref_adapters.models import evaluating, is_sharded, same_weights
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.store import ReferenceStore
 

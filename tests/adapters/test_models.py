@@ -11,18 +11,15 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from selective_pref_adapters.models import (
+from selective_pref_adapters.model_checks import (
     auxiliary_loss_coefficient,
     check_no_auxiliary_loss,
     check_padding,
     check_savable,
     check_trainable,
-    has_dropout,
-    load_model,
-    load_tokenizer,
-    switch_off_dropout,
     trained_outside_adapters,
 )
+from selective_pref_adapters.models import has_dropout, load_model, load_tokenizer, switch_off_dropout
 from tiny import make_mixture, make_model
 
 

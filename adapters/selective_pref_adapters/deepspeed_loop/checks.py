@@ -21,7 +21,7 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
-from selective_pref_adapters.models import check_no_auxiliary_loss, check_savable, check_trainable
+from selective_pref_adapters.model_checks import check_no_auxiliary_loss, check_savable, check_trainable
 from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective
 from selective_pref_adapters.options import UNREAD, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw

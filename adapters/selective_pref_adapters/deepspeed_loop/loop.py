@@ -73,7 +73,8 @@ from selective_pref_adapters.deepspeed_loop.state import (
     metrics_of_step,
 )
 from selective_pref_adapters.heads import model_per_token_logps
-from selective_pref_adapters.models import check_padding, load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     anywhere,

@@ -32,7 +32,7 @@ from selective_pref_adapters.hf_trainer.checks import (
     models_of,
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
-from selective_pref_adapters.models import check_padding, check_trainable
+from selective_pref_adapters.model_checks import check_padding, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference, is_initial_policy

@@ -15,16 +15,14 @@ from transformers import Trainer
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
 from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
-from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
-from selective_pref_adapters.models import (
+from selective_pref_adapters.model_checks import (
     check_no_auxiliary_loss,
     check_reloadable,
     check_savable,
-    check_token_ids,
     check_trainable,
-    context_length,
-    has_dropout,
 )
+from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
+from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference
 

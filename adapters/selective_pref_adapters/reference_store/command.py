@@ -23,14 +23,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref_adapters.models import (
-    check_padding,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pad_token_id,
-    usable_length,
-)
+from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.models import load_config, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.options import ScoreConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows

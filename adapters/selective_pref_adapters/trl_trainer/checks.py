@@ -14,15 +14,8 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 
 from selective_pref import Objective
-from selective_pref_adapters.models import (
-    check_padding,
-    check_reloadable,
-    check_same_tokenizer,
-    check_savable,
-    check_token_ids,
-    check_trainable,
-    own_vocabulary,
-)
+from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
+from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
 from selective_pref_adapters.objectives import check_objective
 from selective_pref_adapters.options import SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of

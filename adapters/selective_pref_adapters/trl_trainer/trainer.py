@@ -23,8 +23,9 @@ from selective_pref import Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
+from selective_pref_adapters.model_checks import check_reloadable, check_trainable
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
-from selective_pref_adapters.models import check_reloadable, check_trainable, switch_off_dropout, usable_length
+from selective_pref_adapters.models import switch_off_dropout, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     MetricWindow,
