@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -518,6 +519,7 @@ def test_a_tracker_that_does_not_start_leaves_the_folder_free(
     config = configure(tracker="trackio", max_steps=1)
     with pytest.raises(ValueError, match="tracker trackio cannot be started: no login"):
         train(config)
+    del sys.modules["trackio"]  # the one without a login
     assert not list(Path(config.output_dir).iterdir())
     config.tracker = "none"
     assert train(config).summary["steps"] == 1
