@@ -261,7 +261,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if not self.picture_pairs or not sets or self._drawn_at == state.global_step:
             return
         self._drawn_at = state.global_step
-        rows = [sets[0][place] for place in range(min(self.picture_pairs, len(sets[0])))]
+        rows = [sets[0][index] for index in range(min(self.picture_pairs, len(sets[0])))]
         out, places = self._preferences(rows)
         if self.trainer.is_world_process_zero():
             tokenizer = self.trainer.data_collator.tokenizer

@@ -147,7 +147,7 @@ def _different_prompts(place: str, chosen: Sequence[Any], rejected: Sequence[Any
 
 def common_prefix(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
     """How many leading items both share."""
-    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
-            return place
+            return index
     return min(len(ours), len(theirs))

@@ -102,9 +102,9 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words[:-1]:
         return words
-    place = words.index("--config")
-    path = config_file(words[place + 1], "dpo")
-    del words[place : place + 2]
+    index = words.index("--config")
+    path = config_file(words[index + 1], "dpo")
+    del words[index : index + 2]
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
         raise ValueError(f"{path} must hold 'name: value' lines ('env' holds such lines, too)")
