@@ -23,6 +23,7 @@ from selective_pref import per_token_logps
 from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 from selective_pref_adapters.batch import Batch, labels_of
 from selective_pref_adapters.pairs import IGNORE_INDEX
+from selective_pref_adapters.shared_prefix import Layout, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
         return out
 
 
-def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool:
+def install_fused_head(model: nn.Module, *, at_first_call: bool = False, share_prefix: str = "auto") -> bool:
     """Makes `model_per_token_logps` of this model use the fused head; returns whether it could.
 
     Args:
@@ -92,7 +93,10 @@ def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool
         at_first_call: decide when the model is first asked for log-probs, and return True: for a model whose weights
             an engine will move, cast or shard (or has sharded already).
     """
+    if share_prefix not in ("auto", "off"):
+        raise ValueError(f"share_prefix must be 'auto' or 'off'; got {share_prefix!r}")
     causal = _causal_lm(model)
+    causal._share_prefix = share_prefix
     if hasattr(causal, _SERVED):
         return True
     if not at_first_call and not _decided(causal):
@@ -126,9 +130,38 @@ def _forward(
     if not hasattr(head, "_dense_forward"):  # not to be fused, or replaced since by an adapter of its own
         dense = _dense_logps_and_statistics if statistics else _dense_logps
         return dense(self._dense_forward(*args, **kwargs).logits, completion_labels)
+    share = getattr(self, "_share_prefix", "auto") == "auto" and not args
+    found = lay_out(self, kwargs, completion_labels, compiled=torch.compiler.is_compiling()) if share else None
+    if found is not None:
+        return _by_layout(self, found, completion_labels, statistics)
     hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
     options = {**_head_options(self.config), "statistics": statistics}
     return head(hidden[:, :-1], completion_labels=completion_labels[:, 1:], options=options)
+
+
+def _by_layout(causal: Any, found: Layout, labels: Tensor, statistics: bool) -> Any:
+    """Log-probs [B T] (and statistics) of a batch whose prompts are shared.
+
+    Without gradients on a CPU the head, too, is called for each row by itself, so that the bits of a row's log-probs
+    depend on that row alone. With them that would cost a gradient of the head's size for each row.
+    """
+    hidden, targets = found.states(causal), labels[found.rows, found.columns + 1]
+    parts = [len(targets)] if torch.is_grad_enabled() or hidden.device.type != "cpu" else found.counts
+    options = {**_head_options(causal.config), "statistics": statistics}
+    head = causal.get_output_embeddings()
+    outs = [
+        head(states[None], completion_labels=some[None], options=options)
+        for states, some in zip(hidden.split(parts), targets.to(hidden.device).split(parts), strict=True)
+    ]
+    if not statistics:
+        return _spread(torch.cat(outs, dim=1)[0], found, labels)
+    return tuple(_spread(torch.cat(column, dim=1)[0], found, labels) for column in zip(*outs, strict=True))
+
+
+def _spread(values: Tensor, found: Layout, labels: Tensor) -> Tensor:
+    """Values of the completion tokens [M] at their places in [B T], 0 elsewhere."""
+    out = values.new_zeros(labels.shape[0], labels.shape[1] - 1)
+    return out.index_put((found.rows.to(values.device), found.columns.to(values.device)), values)
 
 
 def _head_forward(
