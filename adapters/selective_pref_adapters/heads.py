@@ -23,7 +23,7 @@ from selective_pref import per_token_logps
 from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 from selective_pref_adapters.batch import Batch, labels_of
 from selective_pref_adapters.pairs import IGNORE_INDEX
-from selective_pref_adapters.shared_prefix import Layout, lay_out
+from selective_pref_adapters.shared_prefix import Layout, continues, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
     with torch.no_grad():
         if batch["input_ids"].is_cuda:
             return model_per_token_logps(model, batch).detach()
+        if _rows_by_themselves(model):
+            return model_per_token_logps(model, batch).detach()
         rows, width = batch["input_ids"].shape
         out = torch.zeros(rows, max(width - 1, 0))
         for row in range(rows):
@@ -82,6 +84,18 @@ def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
             out = out.to(logps.dtype)
             out[row, alone[1:] - 1] = logps[0]
         return out
+
+
+def _rows_by_themselves(model: Any) -> bool:
+    """Whether the model computes every row of a batch by itself (and a prompt once for all rows that begin with it)."""
+    causal = next((module for module in model.modules() if hasattr(module, _SERVED)), None)
+    soft = any(getattr(getattr(m, "active_peft_config", None), "is_prompt_learning", False) for m in model.modules())
+    if causal is None or soft or causal._share_prefix == "off":
+        return False
+    if not getattr(causal, _SERVED):
+        setattr(causal, _SERVED, True)
+        _decided(causal)
+    return hasattr(causal.get_output_embeddings(), "_dense_forward") and continues(causal)
 
 
 def install_fused_head(model: nn.Module, *, at_first_call: bool = False, share_prefix: str = "auto") -> bool:

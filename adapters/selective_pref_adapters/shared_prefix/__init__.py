@@ -6,11 +6,10 @@ token of a prompt predicts the first token of every response to it.
 
 Two layouts compute the same numbers as the padded rows:
 
+* `packed`: rows `[prompt | chosen | rejected]`, in which positions restart after the prompt, under a mask by which a
+  response sees the prompt and itself. Short groups share a row.
 * `continued`: the prompt's keys and values, computed once, are continued by each response. The shapes of a row's
   computation depend on that row alone, so its bits do, too: the other side of the pair cannot move them.
-* `packed`: one row `[prompt | chosen | rejected]`, in which positions restart after the prompt, and a mask under which
-  a response sees the prompt and itself. One call of the body for the whole batch, and it works with gradient
-  checkpointing.
 
 `exact` finds out which of them give a model's own numbers, by running the model; `layout` chooses for a batch.
 """

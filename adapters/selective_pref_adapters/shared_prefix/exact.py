@@ -31,7 +31,7 @@ from selective_pref_adapters.shared_prefix.packed import Packed, attention_masks
 
 LONGEST_WINDOW = 1024
 UNLIMITED = 2**62
-_REACH = "window(?!_layers)|chunk|local"
+_REACH = "(window|chunk|local)(?!.*(layers|pattern|experts))"
 """Names of settings that may say how far back a layer looks: `sliding_window`, `attention_chunk_size`, …"""
 _PROMPT, _RESPONSES = 20, (11, 8)  # tokens of the made-up pair, where nothing asks for more
 
@@ -94,7 +94,7 @@ def _continued(causal: Any, pair: Group, alone: Tensor) -> str:
 def _packed(causal: Any, pair: Group, alone: Tensor) -> str:
     if not takes_positions(causal.base_model):
         return "its forward takes no position ids"
-    packed = pack([pair], width=0, multiple=multiple_of(causal), device=alone.device)
+    packed = pack([[pair]], multiple=multiple_of(causal), device=alone.device)
     rows = torch.cat(list(packed.predictors.values()))
     found = packed_states(causal, packed)[rows]
     onward = torch.arange(packed.position_ids.shape[1], device=alone.device).expand_as(packed.position_ids)

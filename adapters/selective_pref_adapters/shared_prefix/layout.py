@@ -2,10 +2,10 @@
 
 In: the body's inputs and labels. Out: a `Layout`, or None where the rows go through the body as they are.
 
-`continued` is for a CPU, where many small calls cost little, and gives bits that depend on a row alone. `packed` is for
-everything else: on a GPU one call is faster; gradient checkpointing drops a cache; and where weights are gathered for
-each call (ZeRO-3, FSDP), every process must call the body equally often. Where there is little to share, a batch that
-learns keeps its padded rows, because fewer and larger calls are then faster.
+Without gradients, on a CPU, rows are `continued`: what a reference gives to a row then depends on that row alone, and a
+stored value equals a new one bit by bit. Everything else is `packed`, which takes fewer calls and is the faster one: a
+policy that learns, and any model on a GPU. Where weights are gathered for each call (ZeRO-3, FSDP) the packed rows go
+through the body in one call, as the padded ones would, so that every process calls it equally often.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from selective_pref_adapters.shared_prefix.exact import (
     text_config,
 )
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of, one_by_one
-from selective_pref_adapters.shared_prefix.packed import Packed, pack
+from selective_pref_adapters.shared_prefix.packed import Packed, first_fit, pack
 
 logger = logging.getLogger(__name__)
 
-ROW_TOKENS = 2048
-"""Tokens that groups of a batch may fill in a packed row on a GPU; a longer group has a row to itself."""
-CALL_TOKENS = 32
-"""What a call of the body costs besides its tokens, in tokens: weights are read, and their gradients added up. So a
-prompt that is not longer than this is not worth a call of its own."""
+CPU_ROW_TOKENS, ROW_TOKENS = 256, 2048
+"""Tokens that groups of a batch may fill in a packed row; a longer group has a row to itself. Attention over a packed
+row computes all pairs of its tokens, so rows are kept short where a call of the body costs little."""
+CALL_TOKENS = 36
+"""What a call of the body costs on a CPU besides its tokens, in tokens: weights are read, and their gradients added up.
+A prompt that is not longer than this is not worth a call of its own."""
 LEAST_SAVING = 0.05
 """The share of this cost that another layout must save."""
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache"}
@@ -76,8 +77,8 @@ class Layout:
 
 def prepare(causal: Any) -> None:
     """Examines a model now, where `lay_out` would at its first batch."""
-    if not continues(causal):
-        _verdict(causal, "packed")
+    continues(causal)
+    _verdict(causal, "packed")
 
 
 @torch.compiler.disable
@@ -97,28 +98,31 @@ def lay_out(causal: Any, inputs: dict[str, Any], labels: Tensor, *, compiled: bo
     groups = groups_of(*(tensor.detach().cpu() for tensor in (inputs["input_ids"], inputs["attention_mask"], labels)))
     if not any(len(response.columns) for group in groups for response in group.responses):
         return None
-    if not compiled and continues(causal):
-        found = _continued(groups, _verdict(causal, "continued")[0], device)
-        return found if not torch.is_grad_enabled() or _pays(found, labels) else None
+    by_rows = not compiled and continues(causal)
+    if by_rows and not torch.is_grad_enabled():
+        return _continued(groups, _verdict(causal, "continued")[0], device)
     limit, reason = _verdict(causal, "packed")
     longest = max(group.longest for group in groups)
     if limit and longest > limit:
-        reason = f"of its layers, some look back a limited way ({limit} tokens), and a row is longer ({longest})"
-    if reason:
+        reason = f"some of its layers look back a limited way ({limit} tokens), and a row is longer ({longest})"
+    if not reason:
+        found = _packed(groups, device, causal, one_call=compiled or device.type != "cpu" or is_sharded(causal))
+    elif by_rows:
+        found = _continued(groups, _verdict(causal, "continued")[0], device)
+    else:
         return _as_it_is(causal, reason)
-    found = _packed(groups, device, causal, one_call=compiled or device.type != "cpu" or is_sharded(causal))
     return found if _pays(found, labels) else None
 
 
 def continues(causal: Any) -> bool:
-    """Whether rows are computed by themselves, from the continued keys and values of their prompt."""
+    """Whether rows can be computed by themselves, from the continued keys and values of their prompt."""
     body = causal.base_model
     if next(body.parameters()).device.type != "cpu" or is_sharded(causal):
         return False
     if getattr(body, "_compiled_call_impl", None) is not None:
         return False
-    if causal.training and getattr(causal, "is_gradient_checkpointing", False):
-        return False
+    if causal.training and any(getattr(module, "gradient_checkpointing", False) for module in causal.modules()):
+        return False  # it drops a cache
     return _verdict(causal, "continued")[0] > 0
 
 
@@ -144,9 +148,10 @@ def _continued(groups: list[Group], limit: int, device: torch.device) -> Layout:
 
 
 def _packed(groups: list[Group], device: torch.device, causal: Any, *, one_call: bool) -> Layout:
+    rows = first_fit(groups, CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS)
     calls, predictors, start = [], {}, 0
-    for some in [groups] if one_call else [[group] for group in groups]:
-        packed = pack(some, width=ROW_TOKENS, multiple=multiple_of(causal), device=device)
+    for some in [rows] if one_call else [[row] for row in rows]:
+        packed = pack(some, multiple=multiple_of(causal), device=device)
         predictors |= {row: start + places for row, places in packed.predictors.items()}
         start += packed.input_ids.numel()
         calls.append(packed)

@@ -32,7 +32,7 @@ class Packed:
     position_ids: Tensor
     """int64 [R W]: as the token has it in its own padded row, counted from the first token."""
     group: Tensor
-    """int64 [R W]: which prompt the token belongs to; -1 behind a row's end."""
+    """int64 [R W]: which of the row's prompts the token belongs to; -1 behind the row's end."""
     side: Tensor
     """int64 [R W]: 0 in the prompt, 1, 2, … in the responses to it."""
     predictors: dict[int, Tensor]
@@ -55,44 +55,46 @@ class Packed:
         return visible
 
 
-def pack(groups: Sequence[Group], *, width: int, multiple: int = 1, device: Any = "cpu") -> Packed:
+def pack(rows: Sequence[Sequence[Group]], *, multiple: int = 1, device: Any = "cpu") -> Packed:
     """Puts groups into rows.
 
     Args:
-        groups: what to place.
-        width: tokens that a row may hold, if its groups are shorter than that; a longer group has a row to itself.
+        rows: the groups of each row, one behind the other.
         multiple: rows are made a multiple of this wide.
         device: where the tensors are wanted.
     """
-    bins = first_fit([group.tokens for group in groups], width)
-    widest = max(sum(groups[number].tokens for number in numbers) for numbers in bins)
+    widest = max(sum(group.tokens for group in groups) for groups in rows)
     widest = -(-widest // multiple) * multiple
     filled = {"input_ids": 0, "position_ids": 0, "group": -1, "side": 0}
-    tables = {name: torch.full((len(bins), widest), value) for name, value in filled.items()}
+    tables = {name: torch.full((len(rows), widest), value) for name, value in filled.items()}
     predictors: dict[int, Tensor] = {}
-    for row, numbers in enumerate(bins):
+    for row, groups in enumerate(rows):
         at = 0
-        for number in numbers:
-            predictors |= groups[number].predictors(row * widest + at)
-            for name, values in _columns(groups[number], number).items():
+        for number, group in enumerate(groups):
+            predictors |= group.predictors(row * widest + at)
+            for name, values in _columns(group, number).items():
                 tables[name][row, at : at + len(values)] = values
-            at += groups[number].tokens
+            at += group.tokens
     return Packed(**{name: table.to(device) for name, table in tables.items()}, predictors=predictors)
 
 
-def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Numbers of items, bin by bin: the longest first, each into the first bin that has room for it."""
-    bins: list[list[int]] = []
+def first_fit(groups: Sequence[Group], width: int) -> list[list[Group]]:
+    """Groups, row by row: the longest first, each into the first row that has room for it, or else into a new one.
+
+    Args:
+        groups: what to place.
+        width: tokens that a row may hold; a group that is longer has a row to itself.
+    """
+    rows: list[list[Group]] = []
     room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        fitting = next((place for place, free in enumerate(room) if free >= lengths[number]), None)
-        if fitting is None:
-            fitting = len(bins)
-            bins.append([])
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        fitting = next((row for row, free in enumerate(room) if free >= group.tokens), len(rows))
+        if fitting == len(rows):
+            rows.append([])
             room.append(width)
-        bins[fitting].append(number)
-        room[fitting] -= lengths[number]
-    return bins
+        rows[fitting].append(group)
+        room[fitting] -= group.tokens
+    return rows
 
 
 def _columns(group: Group, number: int) -> dict[str, Tensor]:
