@@ -7,10 +7,11 @@ READY := .venv/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test lint demo docs bench clean
+.PHONY: help setup test test-processors lint demo docs bench clean
 
 help:
 	@echo "make test    lint, types and tests (sets up .venv first)"
+	@echo "make test-processors    the tests with the kernels of other processors, and with two threads"
 	@echo "make demo    a small language task, start to finish, in under five minutes"
 	@echo "make docs    builds the documentation into site/"
 	@echo "make bench   the benchmark of the selection"
@@ -34,6 +35,13 @@ lint: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The same tests as other processors would see them: other kernels, other orders of summation, two threads.
+test-processors: $(READY)
+	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: $(READY)
 	$(BIN)/selective-pref demo

@@ -6,45 +6,63 @@ Selective-DPO (see docs/maths.md for the paper and its equations) is alignment s
 come from torch, NumPy or JAX; importing this package imports none of them.
 """
 
+from selective_pref import divergences as divergences
+from selective_pref import pair_losses as pair_losses
 from selective_pref.diagnostics import NonFiniteError, check_finite, diagnostics
+from selective_pref.divergences import Divergence
 from selective_pref.logps import per_token_logps
 from selective_pref.losses import (
     Objective,
-    Pool,
     PreferenceLoss,
+    aot_loss,
     dpo_loss,
-    select,
+    preference_loss,
     selective_dpo_loss,
     sft_loss,
     simpo_loss,
+    token_sft_loss,
 )
+from selective_pref.pair_losses import PairLoss
+from selective_pref.pools import Pool, SelectionRatio, select
 from selective_pref.response import Response
-from selective_pref.rewards import mean_logp, summed_log_ratio
+from selective_pref.rewards import Reward, mean_log_ratio, mean_logp, summed_log_ratio
 from selective_pref.scores import ScoreFunction, alignment_scores, excess_loss_scores
-from selective_pref.selection import Ties, quantile_weights, top_fraction_weights
+from selective_pref.selection import Ties, quantile_weights, ratio_digits, top_fraction_weights
+from selective_pref.terms import combine_losses, weigh_pairs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Divergence",
     "NonFiniteError",
     "Objective",
+    "PairLoss",
     "Pool",
     "PreferenceLoss",
     "Response",
+    "Reward",
     "ScoreFunction",
+    "SelectionRatio",
     "Ties",
     "alignment_scores",
+    "aot_loss",
     "check_finite",
+    "combine_losses",
     "diagnostics",
     "dpo_loss",
     "excess_loss_scores",
+    "mean_log_ratio",
     "mean_logp",
     "per_token_logps",
+    "preference_loss",
     "quantile_weights",
+    "ratio_digits",
     "select",
     "selective_dpo_loss",
     "sft_loss",
     "simpo_loss",
     "summed_log_ratio",
+    "token_sft_loss",
     "top_fraction_weights",
+    "weigh_pairs",
 ]

@@ -7,6 +7,7 @@ an array is looked at, so nothing waits for a device.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from fractions import Fraction
 from numbers import Real
@@ -41,6 +42,39 @@ def detach(array: Array) -> Array:
 
         return lax.stop_gradient(array)
     return array
+
+
+_pytrees: set[type] = set()
+
+
+def make_pytree(owner: object, array: Array) -> None:
+    """Tells JAX that the dataclass of `owner` is a tree of arrays, once, where `array` is JAX's (so JAX is loaded).
+
+    Transformations of JAX put tracers, None or other placeholders into such a tree, so it is put together again
+    without the checks of `__init__`.
+    """
+    kind: Any = owner.__class__
+    if not compat.is_jax_array(array) or kind in _pytrees:
+        return
+    import jax
+
+    tree_util: Any = jax.tree_util
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def flatten(tree: Any) -> tuple[list[Any], None]:
+        return [getattr(tree, name) for name in names], None
+
+    def flatten_with_keys(tree: Any) -> tuple[list[Any], None]:
+        return [(tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], None
+
+    def unflatten(_: None, leaves: list[Any]) -> Any:
+        tree: Any = object.__new__(kind)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(tree, name, leaf)
+        return tree
+
+    _pytrees.add(kind)
+    tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
 
 
 def last_axis_sum(array: Array) -> Array:
@@ -103,6 +137,23 @@ def check_number(name: str, value: object) -> None:
     """Raises TypeError unless `value` is a Python or NumPy float or integer (no array, tracer, Decimal or Fraction)."""
     if isinstance(value, (bool, Fraction)) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name} must be a number, a float or an int; got {type(value).__name__} {value!r}")
+
+
+def is_scalar_array(name: str, value: Any) -> bool:
+    """Whether `value` is a floating array without axes (True) or no array (False). Raises for any other array."""
+    if isinstance(value, (float, int)) or not compat.is_array_api_obj(value):
+        return False
+    check_floating(name, value)
+    if value.ndim != 0:
+        raise ValueError(f"{name} must be a number or an array without axes; got {describe(value)}")
+    return True
+
+
+def check_finite_number(name: str, value: float) -> None:
+    """Raises unless `value` is a finite number."""
+    check_number(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

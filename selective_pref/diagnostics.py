@@ -28,14 +28,17 @@ def diagnostics(out: PreferenceLoss) -> dict[str, Array]:
 
     `rewards/*`, `logps/*` are of the full sequences: `rewards/accuracies` is the share of pairs with a positive
     margin. `selection/rewards/*` are of the selected tokens: that margin is biased low by construction.
-    `selection/fraction` is kept weight over tokens; `selection/threshold` the lowest selected score (nats);
-    `selection/tied_fraction` the share of tokens that stand on that score with at least one other;
-    `selection/nonfinite_rows` and `selection/empty_rows` the share of responses with a broken value (see
+    `selection/fraction` is kept weight over tokens (it may exceed 1 where weights do); `selection/threshold` the lowest
+    selected score (nats); `selection/tied_fraction` the share of tokens that stand on that score with at least one
+    other; `selection/nonfinite_rows` and `selection/empty_rows` the share of responses with a broken value (see
     `check_finite`), or with no token at all: such a response counts 0 in the fraction and the threshold. Threshold and
-    ties are there only for responses that `select` has scored.
+    ties are there only for responses that `select` has scored; `pair_weight`, the mean of the weights, only where
+    `weigh_pairs` was used: it is 0 for a batch whose loss was multiplied by 0.
     """
     xp = _arrays.namespace(out.losses)
     metrics = {"loss": _arrays.detach(out.loss)}
+    if out.pair_weights is not None:
+        metrics["pair_weight"] = xp.mean(out.pair_weights)
     for name, chosen, rejected in (
         ("rewards", out.chosen_rewards, out.rejected_rewards),
         ("selection/rewards", out.chosen_selected_rewards, out.rejected_selected_rewards),
@@ -57,7 +60,8 @@ def diagnostics(out: PreferenceLoss) -> dict[str, Array]:
 def check_finite(*responses: Response) -> None:
     """Raises `NonFiniteError` where a log-prob, weight or score inside a mask is broken, naming rows and tokens.
 
-    A log-prob or weight is broken by NaN or ±inf, a score by NaN (an infinite score sorts first or last).
+    A log-prob or weight is broken by NaN or ±inf, a weight by being negative too, a score by NaN (an infinite score
+    sorts first or last).
 
     Reads values back from the device: call it where you log anyway. Usually ``check_finite(chosen, rejected)``.
 
@@ -80,14 +84,17 @@ def check_finite(*responses: Response) -> None:
 
 
 def _non_finite(response: Response) -> list[tuple[str, Array]]:
-    """Where, inside the mask, a field holds what it must not: NaN, and in log-probs and weights an infinity too."""
+    """Where, inside the mask, a field holds what it must not: see `check_finite`."""
     xp = _arrays.namespace(response.mask)
     fields = {name: getattr(response, name) for name in ("per_token_logps", "ref_per_token_logps", "weights", "scores")}
-    return [
-        (name, response.mask & (xp.isnan(array) if name == "scores" else ~xp.isfinite(array)))
+    broken = {
+        name: xp.isnan(array) if name == "scores" else ~xp.isfinite(array)
         for name, array in fields.items()
         if array is not None
-    ]
+    }
+    if response.weights is not None:
+        broken["negative weights"] = response.weights < 0  # NaN to every reward
+    return [(name, response.mask & where) for name, where in broken.items()]
 
 
 def _places(bad: Array) -> str:

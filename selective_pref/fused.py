@@ -122,15 +122,26 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """What the head was asked for, each in the shape of the labels."""
     _check(hidden, weight, labels, bias)
-    rows = (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
+    rows = _counted_rows(labels.reshape(-1), ignore_index, weight.shape[0])
     counted = labels.reshape(-1)[rows]
-    if rows.numel():
-        for extreme in (int(counted.min()), int(counted.max())):
-            if not 0 <= extreme < weight.shape[0]:
-                raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}; got {extreme}")
     flat = hidden.reshape(-1, hidden.shape[-1])
     results = cast("tuple[Tensor, ...]", cast(Any, _Fused).apply(flat, weight, bias, rows, counted, head))
     return tuple(result.reshape(labels.shape) for result in results)
+
+
+def _counted_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """Where the labels count [N]: int64, ascending.
+
+    A device is waited for once: the number of places that `nonzero` finds also says whether a label is out of range,
+    since then there are more of them than there are labels.
+    """
+    counts = labels != ignore_index
+    strange = counts & ((labels < 0) | (labels >= vocabulary))
+    found = torch.cat([counts, strange.any().expand(len(labels) + 1)]).nonzero().squeeze(-1)
+    if len(found) > len(labels):
+        wrong = int(labels[strange][0])
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {ignore_index}; got {wrong}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

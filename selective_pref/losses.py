@@ -1,7 +1,8 @@
-"""Pairs of responses → preference losses: the last arrow, and the calls that most people need.
+"""Pairs of responses → preference losses: rewards and a pair loss put together, and the calls that most people need.
 
 In: chosen and rejected `Response`, everything else by keyword. Out: a `PreferenceLoss` with one unreduced loss per
-pair and detached reports. A method is a sentence: Selective-DPO *is* `dpo_loss` of responses that `select` weighted.
+pair and detached reports. A method is a sentence: DPO *is* `preference_loss` with the summed log-ratio as reward and
+`pair_losses.sigmoid`; Selective-DPO *is* `dpo_loss` of responses that `select` weighted.
 
     >>> import numpy as np
     >>> def side(policy, ref):
@@ -19,22 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 from selective_pref import _arrays
 from selective_pref._arrays import Array
-from selective_pref.response import Response, check_pair, required_reference
-from selective_pref.rewards import mean_logp, summed_log_ratio
-from selective_pref.scores import ScoreFunction, alignment_scores
-from selective_pref.selection import Ties, check_ratio, top_fraction_weights
-
-Pool: TypeAlias = Literal["response", "pair", "batch"]
-"""Which tokens compete for the same budget: those of one response, of one pair, or of this call."""
+from selective_pref.pair_losses import PairLoss, aot_unpaired, check_gamma, check_label_smoothing, sigmoid
+from selective_pref.pools import Pool, SelectionRatio, select
+from selective_pref.response import Response, check_pair, masked, required_reference
+from selective_pref.rewards import Reward, mean_logp, summed_log_ratio
+from selective_pref.scores import ScoreFunction
+from selective_pref.selection import Ties
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreferenceLoss:
     """What every loss of this library returns. Only `losses` (and `loss`) carry a gradient.
+
+    In JAX it is a pytree, so that a jitted function may return it.
 
     Attributes:
         losses: [B], one per pair, unreduced. Non-finite where a log-prob that the loss reads, inside the pair's masks,
@@ -46,6 +49,7 @@ class PreferenceLoss:
         rejected_selected_rewards: [B], likewise.
         chosen: the response that the loss was computed from, detached, with its weights.
         rejected: likewise.
+        pair_weights: [B], what `weigh_pairs` was given and `losses` are already multiplied by; else None.
     """
 
     losses: Array
@@ -55,6 +59,10 @@ class PreferenceLoss:
     rejected_selected_rewards: Array
     chosen: Response
     rejected: Response
+    pair_weights: Array | None = None
+
+    def __post_init__(self) -> None:
+        _arrays.make_pytree(self, self.losses)
 
     @property
     def loss(self) -> Array:
@@ -63,12 +71,12 @@ class PreferenceLoss:
 
     @property
     def chosen_weights(self) -> Array:
-        """[B T_w]: what each chosen token counted for, in [0, 1]."""
+        """[B T_w]: what each chosen token counted for; in [0, 1] where `select` set them."""
         return self.chosen.token_weights
 
     @property
     def rejected_weights(self) -> Array:
-        """[B T_l]: what each rejected token counted for, in [0, 1]."""
+        """[B T_l]: what each rejected token counted for; in [0, 1] where `select` set them."""
         return self.rejected.token_weights
 
 
@@ -76,48 +84,46 @@ Objective: TypeAlias = Callable[[Response, Response], PreferenceLoss]
 """What adapters train with: any callable (chosen, rejected) → PreferenceLoss."""
 
 
-def select(
+def preference_loss(
     chosen: Response,
     rejected: Response,
     *,
-    selection_ratio: float,
-    scores: ScoreFunction | tuple[Array, Array] | None = None,
-    pool: Pool = "response",
-    ties: Ties = "share",
-) -> tuple[Response, Response]:
-    """The two responses with their weights set to the top share of tokens; any loss of them is then selective.
+    pair_loss: PairLoss,
+    beta: float,
+    reward: Reward = summed_log_ratio,
+) -> PreferenceLoss:
+    """Any pair loss of any reward: pair_loss(reward(y_w), reward(y_l), beta=β).
 
     Args:
-        chosen, rejected: the pair, with T of their own each. Weights they already carry are replaced.
-        selection_ratio: share of tokens to keep, in (0, 1]; K = ceil(selection_ratio · n) exactly.
-        scores: None for the alignment score (Eq. 6); or a function (chosen, rejected) → scores of both; or the two
-            score arrays [B T_w] and [B T_l] themselves. Higher is kept first; no gradient reaches them.
-        pool: "response" keeps the top K of each response; "pair" of the two responses together; "batch" of all
-            responses of this call, which under gradient accumulation or data parallelism is the micro-batch.
-        ties: "share", "first" or "all": see `top_fraction_weights`.
+        chosen, rejected: the pair, [B T_w] and [B T_l]; their weights are honoured, so the loss of what `select`
+            returns is selective.
+        pair_loss: a function of `selective_pref.pair_losses`, with its other numbers bound by `functools.partial`, or
+            one of your own: (chosen_rewards [B], rejected_rewards [B], *, beta) → losses [B].
+        beta: above 0.
+        reward: response → [B] without β: `summed_log_ratio` (DPO), `mean_log_ratio` (IPO, length-normalised DPO),
+            `mean_logp` (SimPO), with a divergence bound or not, or your own.
 
     Returns:
-        (chosen, rejected) with `weights` and `scores` set, detached.
+        A `PreferenceLoss`; its rewards are β · reward, with every weight 1 and with the weights that the loss sees.
 
     Raises:
-        TypeError, ValueError: a bad ratio, pool, ties or scores; responses that do not fit together; a missing
-            reference where the alignment score needs one.
+        TypeError, ValueError: responses that do not fit together, a missing reference, a number out of range, a pair
+            loss that does not return one loss per pair.
+
+    Example:
+        >>> import numpy as np
+        >>> from selective_pref import pair_losses
+        >>> logps, mask = np.array([[-1.0, -3.0]]), np.ones((1, 2), dtype=bool)
+        >>> chosen = Response(per_token_logps=logps, mask=mask, ref_per_token_logps=logps - 1)
+        >>> rejected = Response(per_token_logps=logps, mask=mask, ref_per_token_logps=logps)
+        >>> preference_loss(chosen, rejected, pair_loss=pair_losses.hinge, beta=0.25).losses
+        array([0.5])
     """
     check_pair(chosen, rejected)
-    check_ratio(selection_ratio)
-    if scores is None or callable(scores):
-        chosen_scores, rejected_scores = (scores or alignment_scores)(chosen, rejected)
-    elif isinstance(scores, (tuple, list)) and len(scores) == 2:
-        chosen_scores, rejected_scores = scores
-    else:
-        raise TypeError(
-            "scores must be None, a function (chosen, rejected) -> two arrays, or a pair of arrays [B T_w] and "
-            f"[B T_l]; got {type(scores).__name__}"
-        )
-    chosen = replace(chosen, weights=None, scores=_arrays.detach(chosen_scores))
-    rejected = replace(rejected, weights=None, scores=_arrays.detach(rejected_scores))
-    chosen_weights, rejected_weights = _pooled_weights(chosen, rejected, selection_ratio, pool, ties)
-    return replace(chosen, weights=chosen_weights), replace(rejected, weights=rejected_weights)
+    _arrays.check_positive("beta", beta)
+    losses = pair_loss(reward(chosen), reward(rejected), beta=beta)
+    _check_losses(losses, chosen)
+    return _report(losses, chosen, rejected, reward, beta)
 
 
 def selective_dpo_loss(
@@ -125,10 +131,11 @@ def selective_dpo_loss(
     rejected: Response,
     *,
     beta: float,
-    selection_ratio: float,
+    selection_ratio: SelectionRatio,
     scores: ScoreFunction | tuple[Array, Array] | None = None,
     pool: Pool = "response",
     ties: Ties = "share",
+    min_score: float | None = None,
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
     """Selective-DPO, Eq. 7: −log σ(β R(y_w) − β R(y_l)) with R the log-ratio of the selected tokens (Eq. 8).
@@ -139,8 +146,8 @@ def selective_dpo_loss(
         chosen, rejected: the pair, [B T_w] and [B T_l], with reference log-probs.
         beta: strength of the pull towards the reference, above 0; no default, since it is the number that matters
             (the paper uses 0.01).
-        selection_ratio: share of tokens to keep, in (0, 1] (the paper uses 0.4).
-        scores, pool, ties: as in `select`.
+        selection_ratio: share of tokens to keep, in (0, 1] (the paper uses 0.4), or one for each side; see `select`.
+        scores, pool, ties, min_score: as in `select`.
         label_smoothing: as in `dpo_loss`.
 
     Returns:
@@ -156,8 +163,10 @@ def selective_dpo_loss(
         >>> float(selective_dpo_loss(same, same, beta=0.01, selection_ratio=0.4).loss) == float(np.log(2))
         True
     """
-    chosen, rejected = select(chosen, rejected, selection_ratio=selection_ratio, scores=scores, pool=pool, ties=ties)
-    return dpo_loss(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
+    selected = select(
+        chosen, rejected, selection_ratio=selection_ratio, scores=scores, pool=pool, ties=ties, min_score=min_score
+    )
+    return dpo_loss(*selected, beta=beta, label_smoothing=label_smoothing)
 
 
 def dpo_loss(chosen: Response, rejected: Response, *, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
@@ -175,13 +184,8 @@ def dpo_loss(chosen: Response, rejected: Response, *, beta: float, label_smoothi
     Raises:
         TypeError, ValueError: responses that do not fit together, a missing reference, β or ε out of range.
     """
-    check_pair(chosen, rejected)
-    _arrays.check_positive("beta", beta)
-    _check_label_smoothing(label_smoothing)
-    required_reference(chosen)
-    required_reference(rejected)
-    margins = beta * (summed_log_ratio(chosen) - summed_log_ratio(rejected))
-    return _report(_bradley_terry(margins, label_smoothing), chosen, rejected, summed_log_ratio, beta)
+    check_label_smoothing(label_smoothing)
+    return preference_loss(chosen, rejected, pair_loss=partial(sigmoid, label_smoothing=label_smoothing), beta=beta)
 
 
 def simpo_loss(
@@ -201,21 +205,42 @@ def simpo_loss(
     Raises:
         TypeError, ValueError: responses that do not fit together, β, γ or ε out of range.
     """
+    check_gamma(gamma)
+    check_label_smoothing(label_smoothing)
+    pair_loss = partial(sigmoid, gamma=gamma, label_smoothing=label_smoothing)
+    return preference_loss(chosen, rejected, pair_loss=pair_loss, beta=beta, reward=mean_logp)
+
+
+def aot_loss(chosen: Response, rejected: Response, *, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
+    """AOT, paired (Melnyk et al. 2024): the sorted policy margins of the batch against its sorted reference margins.
+
+    Policy margin: Σ w·log π_θ(y_w) − Σ w·log π_θ(y_l); reference margin likewise. The k-th lowest of one is compared
+    with the k-th lowest of the other by the sigmoid loss. This is no function of the two log-ratios; the form that is
+    (sorting chosen and rejected log-ratios) is `pair_losses.aot_unpaired`.
+
+    Args:
+        chosen, rejected: the pair, [B T_w] and [B T_l], with reference log-probs; their weights are honoured.
+        beta, label_smoothing: as in `dpo_loss`.
+
+    Returns:
+        A `PreferenceLoss`; entry k of its losses belongs to a rank, not to pair k, and depends on the whole call. Its
+        rewards are those of `dpo_loss`.
+
+    Raises:
+        TypeError, ValueError: as `dpo_loss`.
+    """
     check_pair(chosen, rejected)
-    _arrays.check_positive("beta", beta)
-    _arrays.check_number("gamma", gamma)
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be a finite number, at least 0; got {gamma!r}")
-    _check_label_smoothing(label_smoothing)
-    margins = beta * (mean_logp(chosen) - mean_logp(rejected)) - gamma
-    return _report(_bradley_terry(margins, label_smoothing), chosen, rejected, mean_logp, beta)
+    policy = _weighted_sum(chosen, chosen.per_token_logps) - _weighted_sum(rejected, rejected.per_token_logps)
+    reference = _weighted_sum(chosen, _reference(chosen)) - _weighted_sum(rejected, _reference(rejected))
+    losses = aot_unpaired(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    return _report(losses, chosen, rejected, summed_log_ratio, beta)
 
 
 def sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
     """The supervised baseline: −mean log π_θ(y_w), one value per pair; the rejected side is only reported.
 
-    With weights from `select(..., scores=excess_loss_scores)` it is selective language modelling (Rho-1). As a
-    term beside a preference loss: ``out.losses + alpha * sft_loss(chosen, rejected).losses``.
+    With weights from `select(..., scores=excess_loss_scores)` it is selective language modelling (Rho-1). As a term
+    beside a preference loss (RPO, Pang et al. 2024, Eq. 1): `combine_losses`.
 
     Args:
         chosen, rejected: the pair, [B T_w] and [B T_l]; weights are honoured, a reference is not read.
@@ -230,18 +255,37 @@ def sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
     return _report(-mean_logp(chosen), chosen, rejected, mean_logp, 1.0)
 
 
-def _bradley_terry(margins: Array, label_smoothing: float) -> Array:
-    """−log σ(margin), label-smoothed: (1 − ε)·softplus(−m) + ε·softplus(m), Eq. 2.
+def token_sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
+    """`sft_loss` with every chosen *token* of the call counted alike, instead of every pair: TRL's "sft".
 
-    A margin of +∞ would be a perfect loss of 0 although a log-prob is broken, so 0·margin turns it into NaN.
+    The mean of its losses is −Σ w·log π_θ / Σ w over all chosen tokens of the call, so a loss depends on the lengths of
+    the other pairs, and under gradient accumulation on the split into micro-batches.
+
+    Args, Returns, Raises: as `sft_loss`.
     """
-    xp = _arrays.namespace(margins)
-    margins = margins + 0.0 * margins
-    zero = xp.zeros_like(margins)
-    losses = xp.logaddexp(zero, -margins)
-    if label_smoothing == 0:
-        return losses
-    return (1 - label_smoothing) * losses + label_smoothing * xp.logaddexp(zero, margins)
+    check_pair(chosen, rejected)
+    xp = _arrays.namespace(chosen.mask)
+    tokens = xp.sum(chosen.token_weights)
+    pairs_per_token = chosen.mask.shape[0] / xp.where(tokens == 0, 1.0, tokens)
+    losses = -pairs_per_token * _weighted_sum(chosen, chosen.per_token_logps)
+    return _report(losses, chosen, rejected, mean_logp, 1.0)
+
+
+def _check_losses(losses: Array, chosen: Response) -> None:
+    _arrays.check_floating("what pair_loss returns", losses)
+    if tuple(losses.shape) != (chosen.mask.shape[0],):
+        raise ValueError(
+            f"pair_loss must return one loss per pair, [B] = ({chosen.mask.shape[0]},); got {_arrays.describe(losses)}"
+        )
+
+
+def _reference(response: Response) -> Array:
+    return _arrays.detach(required_reference(response))
+
+
+def _weighted_sum(response: Response, logps: Array) -> Array:
+    """Σ weight · log-prob over the tokens that count: [B]."""
+    return _arrays.last_axis_sum(response.token_weights * masked(logps, response.mask))
 
 
 def _report(
@@ -270,32 +314,3 @@ def _detached(response: Response) -> Response:
         weights=cut(response.weights),
         scores=cut(response.scores),
     )
-
-
-def _pooled_weights(
-    chosen: Response, rejected: Response, selection_ratio: float, pool: Pool, ties: Ties
-) -> tuple[Array, Array]:
-    """Weights of both sides: the tokens of a pool stand in one row."""
-    if pool not in ("response", "pair", "batch"):
-        raise ValueError(f"pool must be 'response', 'pair' or 'batch'; got {pool!r}")
-    (rows, width), other_width = chosen.mask.shape, rejected.mask.shape[1]
-    if pool == "response" and width != other_width:
-        return (
-            top_fraction_weights(chosen.scores, chosen.mask, selection_ratio, ties=ties),
-            top_fraction_weights(rejected.scores, rejected.mask, selection_ratio, ties=ties),
-        )
-    xp, axis = _arrays.namespace(chosen.mask), 0 if pool == "response" else 1
-    scores = xp.concat([_arrays.upcast(chosen.scores), _arrays.upcast(rejected.scores)], axis=axis)
-    mask = xp.concat([chosen.mask, rejected.mask], axis=axis)
-    row = (1, rows * (width + other_width)) if pool == "batch" else mask.shape
-    weights = top_fraction_weights(xp.reshape(scores, row), xp.reshape(mask, row), selection_ratio, ties=ties)
-    weights = xp.reshape(weights, mask.shape)
-    if pool == "response":
-        return weights[:rows, :], weights[rows:, :]
-    return weights[:, :width], weights[:, width:]
-
-
-def _check_label_smoothing(label_smoothing: float) -> None:
-    _arrays.check_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5); got {label_smoothing!r}")

@@ -27,7 +27,8 @@ class Response:
     """Per-token log-probs of B responses, with what is needed to score, select and reward them.
 
     Dims: B pairs, T token positions after the shift (entry t is the log-prob of the token it stands for, given
-    what precedes that token). Natural logs, nats. Frozen: `dataclasses.replace` makes a changed copy.
+    what precedes that token). Natural logs, nats. Frozen: `dataclasses.replace` makes a changed copy. In JAX it is a
+    pytree: a jitted function may take it and return it.
 
     Attributes:
         per_token_logps: log π_θ(y_t | x, y_<t), real floating [B T]. The only field gradients flow into.
@@ -35,8 +36,11 @@ class Response:
             NaN and ±inf included, changes neither value nor gradient.
         ref_per_token_logps: log π_ref of the same tokens, real floating [B T], or None for methods without a
             reference (SimPO, SFT). Treated as a constant.
-        weights: what each token counts for, real floating [B T] in [0, 1]; None means 1 on the whole mask.
-            `select` sets them. Treated as a constant; values are read only where `mask` is True.
+        weights: what each token counts for, real floating [B T], finite and at least 0; None means 1 on the whole
+            mask. `select` sets weights in [0, 1]; a method with importance weights of its own may go above 1.
+            Treated as a constant; values are read only where `mask` is True. Values are not checked here, which
+            would wait for the device: a negative, infinite or NaN weight makes the loss of its pair NaN, and
+            `check_finite` says where it is.
         scores: what the weights were chosen by, real floating [B T], or None. Only reported, never used in a loss.
 
     Raises:
@@ -65,6 +69,7 @@ class Response:
             if array is not None:
                 _arrays.check_floating(name, array)
                 _check_like(name, array, logps)
+        _arrays.make_pytree(self, logps)
 
     @property
     def log_ratios(self) -> Array:
@@ -73,10 +78,15 @@ class Response:
 
     @property
     def token_weights(self) -> Array:
-        """`weights`, or 1 where they are None; 0 off the mask: at least float32 [B T], detached."""
+        """What a token counts for: `weights`, or 1 where they are None. At least float32 [B T], detached.
+
+        0 off the mask, NaN for a negative weight.
+        """
+        xp = _arrays.namespace(self.mask)
         if self.weights is None:
-            return _arrays.namespace(self.mask).astype(self.mask, _arrays.upcast(self.per_token_logps[:1, :0]).dtype)
-        return masked(_arrays.detach(self.weights), self.mask)
+            return xp.astype(self.mask, _arrays.upcast(self.per_token_logps[:1, :0]).dtype)
+        weights = masked(_arrays.detach(self.weights), self.mask)
+        return xp.where(weights < 0, xp.nan, weights)
 
     @classmethod
     def from_stacked(

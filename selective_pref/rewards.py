@@ -6,12 +6,19 @@ A token counts by its weight, so a response that `select` has weighted is reward
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from selective_pref import _arrays
 from selective_pref._arrays import Array
+from selective_pref.divergences import Divergence
 from selective_pref.response import Response, masked
 
+Reward: TypeAlias = Callable[[Response], Array]
+"""A response → what it is worth [B], without β. It honours `Response.token_weights`."""
 
-def summed_log_ratio(response: Response) -> Array:
+
+def summed_log_ratio(response: Response, *, divergence: Divergence | None = None) -> Array:
     """The selective alignment reward R(y), Eq. 8: Σ_i w_i · [log π_θ(y_i) − log π_ref(y_i)].
 
     With every weight 1 it is DPO's log-ratio (Eq. 3 without β and log Z). A response without tokens is worth 0. A
@@ -19,6 +26,7 @@ def summed_log_ratio(response: Response) -> Array:
 
     Args:
         response: per_token_logps [B T] with a reference.
+        divergence: f-DPO's transform of the sum, of `selective_pref.divergences`; None for DPO's reverse KL.
 
     Returns:
         [B], at least float32, nats.
@@ -26,7 +34,25 @@ def summed_log_ratio(response: Response) -> Array:
     Raises:
         ValueError: the reference is missing.
     """
-    return _arrays.last_axis_sum(response.token_weights * response.log_ratios)
+    total = _arrays.last_axis_sum(response.token_weights * response.log_ratios)
+    return total if divergence is None else divergence(total)
+
+
+def mean_log_ratio(response: Response, *, divergence: Divergence | None = None) -> Array:
+    """`summed_log_ratio`, transformed or not, over the weight of the tokens: Σ_i w_i · log-ratio_i / Σ_i w_i.
+
+    The reward of IPO and of length-normalised DPO (TRL's "sigmoid_norm"). A response without tokens is worth 0.
+
+    Args:
+        response, divergence: as in `summed_log_ratio`.
+
+    Returns:
+        [B], at least float32, nats per token.
+
+    Raises:
+        ValueError: the reference is missing.
+    """
+    return summed_log_ratio(response, divergence=divergence) / _token_count(response)
 
 
 def mean_logp(response: Response) -> Array:
@@ -40,8 +66,11 @@ def mean_logp(response: Response) -> Array:
     Returns:
         [B], at least float32, nats per token.
     """
-    xp = _arrays.namespace(response.per_token_logps)
-    weights = response.token_weights
-    total = _arrays.last_axis_sum(weights * masked(response.per_token_logps, response.mask))
-    count = _arrays.last_axis_sum(weights)
-    return total / xp.where(count == 0, xp.ones_like(count), count)
+    total = _arrays.last_axis_sum(response.token_weights * masked(response.per_token_logps, response.mask))
+    return total / _token_count(response)
+
+
+def _token_count(response: Response) -> Array:
+    """Σ_i w_i of each response [B], and 1 where that is 0."""
+    count = _arrays.last_axis_sum(response.token_weights)
+    return _arrays.namespace(count).where(count == 0, 1.0, count)

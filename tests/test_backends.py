@@ -18,14 +18,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import oracle
 import strategies as s
 from oracle import Batch, Side
+from pair_strategies import CALLS
 from selective_pref import (
     PreferenceLoss,
     Response,
     diagnostics,
+    dpo_loss,
     per_token_logps,
     quantile_weights,
+    ratio_digits,
     select,
+    selective_dpo_loss,
     top_fraction_weights,
+    weigh_pairs,
 )
 from strategies import FLOAT64, LOSSES, NUMPY, STRICT, TORCH, Backend, Loss, Settings, batches, named, numpy_of
 
@@ -223,6 +228,97 @@ def test_compiled_log_probs_and_layouts_equal_eager() -> None:
     expected = call(logits, labels)
     actual = torch.compile(call, fullgraph=True, backend="aot_eager")(logits, labels)
     assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+SCHEDULE = [round(1 - 0.03 * step, 2) for step in range(20)]
+
+
+@compiled
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_ratio_given_as_its_digits_is_no_reason_to_compile_again(dynamic: bool) -> None:
+    """Twenty ratios, a ratio for each side and β among them; responses go in and a `PreferenceLoss` comes out."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    def call(chosen: Response, rejected: Response, ratio: object, beta: float) -> PreferenceLoss:
+        return selective_dpo_loss(chosen, rejected, beta=beta, selection_ratio=ratio)
+
+    step = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
+    for place, ratio in enumerate(SCHEDULE):
+        pair, beta, other = (
+            TORCH.pair(random_batch(2, 9, 11 + dynamic * place)),
+            0.1 + 0.01 * place * dynamic,
+            1.1 - ratio,
+        )
+        sides = tuple(ratio_digits(r, like=pair[0].per_token_logps) for r in (ratio, other))
+        for digits, numbers in ((sides[0], ratio), (sides, (ratio, other))):
+            out, eager = step(*pair, digits, beta), call(*pair, numbers, beta)
+            assert isinstance(out, PreferenceLoss)
+            for actual, expected in ((out.chosen_weights, eager.chosen_weights), (out.losses, eager.losses)):
+                np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    assert counter.frame_count == 2  # one for a ratio, one for a pair of them
+
+
+def test_jax_traces_a_schedule_once_and_takes_and_returns_responses_and_losses() -> None:
+    traces = []
+
+    @jax.jit
+    def call(chosen: Response, rejected: Response, digits: jax.Array) -> PreferenceLoss:
+        traces.append(1)
+        return selective_dpo_loss(chosen, rejected, beta=0.1, selection_ratio=digits)
+
+    batch = random_batch(3, 7, 9)
+    pair = Backend("jax").pair(batch)
+    for ratio in SCHEDULE:
+        out = call(*pair, ratio_digits(ratio, like=pair[0].mask))
+        expected = selective_dpo_loss(*NUMPY.pair(batch), beta=0.1, selection_ratio=ratio)
+        for name in ("losses", "chosen_weights", "rejected_weights", "chosen_rewards", "rejected_selected_rewards"):
+            np.testing.assert_allclose(numpy_of(getattr(out, name)), getattr(expected, name), rtol=1e-12)
+    assert len(traces) == 1
+    assert isinstance(out, PreferenceLoss)
+    assert isinstance(out.chosen, Response)
+
+
+def test_in_jax_responses_and_losses_are_pytrees_that_placeholders_may_pass_through() -> None:
+    pair = Backend("jax").pair(random_batch(2, 4, 3))
+    out = jax.jit(lambda *sides: weigh_pairs(dpo_loss(*sides, beta=0.1), jnp.ones(2)))(*pair)
+    for tree in (pair[0], out):
+        leaves, structure = jax.tree.flatten(tree)
+        again = structure.unflatten(leaves)
+        assert type(again) is type(tree)
+        assert [one is two for one, two in zip(jax.tree.leaves(again), leaves, strict=True)] == [True] * len(leaves)
+        assert len(jax.tree.leaves(structure.unflatten([object() for _ in leaves]))) == len(
+            leaves
+        )  # as JAX does itself
+        assert jax.tree.leaves(jax.tree.map(lambda leaf: None, tree)) == []
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(out)]
+    assert {".losses", ".chosen.per_token_logps", ".rejected.mask", ".pair_weights"} <= set(paths)
+
+
+def test_every_pair_loss_agrees_across_libraries() -> None:
+    batch = random_batch(4, 6, 5)
+
+    def all_of(chosen: Response, rejected: Response) -> list[object]:
+        pair = select(chosen, rejected, selection_ratio=0.4)
+        return [loss(*pair, 0.5).losses for loss in CALLS.values()]
+
+    expected = [numpy_of(losses) for losses in all_of(*NUMPY.pair(batch))]
+    for backend, call in ((TORCH, all_of), (STRICT, all_of), (Backend("jax"), jax.jit(all_of))):
+        all_close([numpy_of(losses) for losses in call(*backend.pair(batch))], expected, 1e-11)
+
+
+@compiled
+def test_every_pair_loss_compiles_whole_and_reads_nothing_back() -> None:
+    torch.compiler.reset()
+    pair = TORCH.pair(random_batch(4, 6, 5))
+
+    def call(chosen: Response, rejected: Response) -> list[torch.Tensor]:
+        return [loss(chosen, rejected, 0.5).losses for loss in CALLS.values()]
+
+    with FakeTensorMode():
+        assert all(losses.shape == (2,) for losses in call(_on("cpu", 2, 4), _on("cpu", 2, 5)))
+    compiled_losses = torch.compile(call, fullgraph=True, backend="aot_eager")(*pair)
+    all_close([numpy_of(losses) for losses in compiled_losses], [numpy_of(losses) for losses in call(*pair)])
 
 
 # --- nothing is read back ----------------------------------------------------------------------------------------

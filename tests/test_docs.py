@@ -93,7 +93,7 @@ def test_reference_holds_the_public_names_once_each() -> None:
 
 def train_flags() -> dict[str, str]:
     """Flag → default as the page writes it, read from the source: importing it would import DeepSpeed."""
-    source = (ROOT / "adapters" / "selective_pref_adapters" / "train_config.py").read_text(encoding="utf-8")
+    source = (ROOT / "adapters" / "selective_pref_adapters" / "options.py").read_text(encoding="utf-8")
     config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
     words = {"required": "required", "None": "none", "False": "off", "True": "on"}
     flags = {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from selective_pref import fused
@@ -211,6 +212,37 @@ def test_operations_are_two_forward_and_six_or_four_per_selected_row(keep_logits
     assert backward == (4 if keep_logits else 6) * selected * V * D
 
 
+class Waits(TorchDispatchMode):
+    """Names the operations for which a program waits until its device is done: the host needs what they compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
+        if by_mask or name in ("nonzero", "_local_scalar_dense", "masked_select", "repeat_interleave", "_unique2"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_the_device_is_waited_for_once_forward_and_once_backward(keep_logits: bool) -> None:
+    """How many rows count, and how many of them have a gradient: nothing else has to be known on the host."""
+    for data in (inputs(torch.float32), {**inputs(torch.float32), "labels": torch.full((N,), -100)}):
+        with Waits() as forward:
+            out = fused_per_token_logps(**data, vocab_tile=8, keep_logits=keep_logits)
+        gradient = upstream(torch.float32)
+        with Waits() as backward:
+            out.backward(gradient)
+        assert forward.names == backward.names == ["nonzero"]
+    with Waits() as forward:
+        fused_logps_and_statistics(**inputs(torch.float32), vocab_tile=8)
+    assert forward.names == ["nonzero"]
+
+
 def test_no_work_for_what_needs_no_gradient() -> None:
     data = inputs(torch.float32)
     data.pop("bias")
@@ -336,6 +368,8 @@ def test_inputs_are_not_modified() -> None:
     [
         ({"labels": torch.full((N,), V)}, ValueError, rf"labels must be in \[0, {V}\) or -100; got {V}"),
         ({"labels": torch.full((N,), -1)}, ValueError, "got -1"),
+        ({"labels": torch.tensor([-100] * (N - 1) + [V])}, ValueError, f"got {V}"),
+        ({"labels": torch.tensor([-101] + [0] * (N - 1))}, ValueError, "got -101"),
         ({"labels": torch.zeros(N)}, TypeError, "labels must be int64"),
         ({"labels": torch.zeros(N + 1, dtype=torch.int64)}, ValueError, r"labels must be \(13,\)"),
         ({"hidden": torch.zeros(N, D, dtype=torch.int64)}, TypeError, "hidden must have a real floating dtype"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -15,7 +16,9 @@ import oracle
 import strategies as s
 from oracle import Batch, Side
 from selective_pref import (
+    NonFiniteError,
     Response,
+    check_finite,
     dpo_loss,
     excess_loss_scores,
     select,
@@ -190,6 +193,71 @@ def test_scores_given_replace_the_alignment_score(backend: Backend, pool: str, e
         assert [numpy_of(side.weights).tolist() for side in sides] == expected
         for side, array in zip(sides, arrays, strict=True):
             assert numpy_of(side.scores).tolist() == numpy_of(array).tolist()
+
+
+@pytest.mark.parametrize("backend", [*FLOAT64, s.JAX], **ids)
+@pytest.mark.parametrize("same_width", [True, False])
+def test_a_ratio_for_each_side(backend: Backend, same_width: bool) -> None:
+    rejected = Side([[-2.0, -1.0, -3.0]], [[-1.0, -4.0, -3.0]], T3) if same_width else PAIR.rejected
+    pair = backend.pair(Batch(PAIR.chosen, rejected))  # scores −1, 2, −0.5; −1, 3 (and 0)
+    for ratios in ((0.7, 0.2), [0.7, 0.2]):
+        sides = select(*pair, selection_ratio=ratios)
+        assert [numpy_of(side.weights).tolist() for side in sides] == [[[1, 1, 1]], [[0, 1] + [0] * same_width]]
+        out = selective_dpo_loss(*pair, beta=0.1, selection_ratio=ratios)
+        assert numpy_of(out.losses).tolist() == pytest.approx([math.log(1 + math.exp(-0.1 * (-0.5 - 3)))])
+    equal, one = (select(*pair, selection_ratio=ratio) for ratio in ((0.4, 0.4), 0.4))
+    assert [numpy_of(side.weights).tolist() for side in equal] == [numpy_of(side.weights).tolist() for side in one]
+
+
+@pytest.mark.parametrize("pool", ["response", "pair", "batch"])
+def test_a_threshold_under_every_pool(pool: str) -> None:
+    """Scores −1, 2, −0.5 and −1, 3: above 0 stand one token of each side, above 2 only the rejected one."""
+    for tau, expected in ((0.0, [[[0, 1, 0]], [[0, 1]]]), (2.0, [[[0, 0, 0]], [[0, 1]]])):
+        sides = select(*s.NUMPY.pair(PAIR), selection_ratio=1, min_score=tau, pool=pool)
+        assert [side.weights.tolist() for side in sides] == expected
+        out = selective_dpo_loss(*s.NUMPY.pair(PAIR), beta=0.1, selection_ratio=1, min_score=tau, pool=pool)
+        assert [out.chosen_weights.tolist(), out.rejected_weights.tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"selection_ratio": (0.4, 0.1), "pool": "pair"}, ValueError, r"two selection .*'response'; got \(0.4, 0.1\)"),
+        ({"selection_ratio": (0.4, 0.1), "pool": "batch"}, ValueError, "two selection ratios need .* one budget"),
+        ({"selection_ratio": (0.4,)}, ValueError, r"a pair of numbers \(chosen, rejected\); got \(0.4,\)"),
+        ({"selection_ratio": (0.4, 0.3, 0.1)}, ValueError, "a pair of numbers"),
+        ({"selection_ratio": (0.4, 10)}, ValueError, r"must be in \(0, 1\].*got 10 \(a percentage"),
+        ({"selection_ratio": (0.4, "0.1")}, TypeError, "selection_ratio must be a number"),
+        ({"min_score": NAN}, ValueError, "min_score must be a finite number; got nan"),
+        ({"min_score": "0"}, TypeError, "min_score must be a number"),
+    ],
+)
+def test_two_ratios_and_thresholds_refused(changes: dict, error: type[Exception], message: str) -> None:
+    for call, numbers in ((select, {}), (selective_dpo_loss, {"beta": 0.1})):
+        with pytest.raises(error, match=message):
+            call(*s.NUMPY.pair(PAIR), **{"selection_ratio": 0.4, **numbers, **changes})
+
+
+@pytest.mark.parametrize("bad", [-0.5, NAN, INF, -INF])
+@pytest.mark.parametrize("loss", [dpo_loss, lambda *pair, beta: simpo_loss(*pair, beta=beta, gamma=0.0)])
+def test_a_weight_that_is_negative_or_not_finite_makes_its_pair_nan(loss: Callable, bad: float) -> None:
+    batch = Batch(*(Side(*(field * 2 for field in side)) for side in PAIR))
+    chosen, rejected = s.TORCH.pair(batch)
+    weights = torch.ones(2, 3, dtype=torch.float64)
+    weights[1, 2] = bad
+    losses = loss(replace(chosen, weights=weights), rejected, beta=0.1).losses
+    assert torch.isfinite(losses).tolist() == [True, False]
+    with pytest.raises(NonFiniteError, match=r"weights\): rows 1 \(tokens 2\)"):
+        check_finite(replace(chosen, weights=weights))
+    off = replace(chosen, weights=weights, mask=chosen.mask & (weights == 1))
+    check_finite(off)
+    assert torch.isfinite(loss(off, rejected, beta=0.1).losses).all()
+
+
+def test_weights_may_be_above_1() -> None:
+    chosen, rejected = s.NUMPY.pair(PAIR)
+    out = dpo_loss(replace(chosen, weights=np.array([[4.5, 1.0, 0.0]])), rejected, beta=1.0)
+    assert out.losses.tolist() == pytest.approx([math.log(1 + math.exp(-((4.5 - 2) - 2)))])
 
 
 def test_select_replaces_weights_and_changes_nothing_else() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -134,19 +136,58 @@ def test_imports_of_the_core_point_one_way() -> None:
                 assert order.index(name.split(".")[1]) < order.index(path.stem), f"{path.stem} imports {name}"
 
 
-ROOMS = {"batch", "pairs", "heads", "objectives", "monitoring", "reference_cache", "scoring", "train_config"}
-ROOMS |= {"files", "selection_picture", "checkpoints", "sampling", "run_log"}
+ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
+TRAINERS = {"deepspeed_loop", "hf_trainer", "trl_trainer"}
+FLOORS = [
+    {"cli"},
+    {"replication"},
+    TRAINERS,
+    {"seeing"},
+    {"references"},
+    {"reference_store"},
+    {"heads", "objectives", "monitoring"},
+    {"model_inputs"},
+    {"batch"},
+    {"pairs"},
+    {"models"},
+    {"options", "files"},
+]
+"""The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 
 
-@pytest.mark.parametrize("adapter", ["hf_", "trl_", "deepspeed_loop"])
-def test_an_adapter_imports_the_shared_rooms_and_itself(adapter: str) -> None:
-    paths = sorted((ROOT / "adapters" / "selective_pref_adapters").glob(f"{adapter}*.py"))
-    assert paths
-    for path in paths:
-        for name in imported(path, module_level=True) | imported(path, module_level=False):
-            package, _, module = name.partition(".")
-            if package == "selective_pref_adapters":
-                assert module in ROOMS or module.startswith(adapter), f"{path.stem} imports {name}"
+def picture_of_the_rooms() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("room", sorted(set().union(*FLOORS)))
+def test_a_room_imports_rooms_below_it(room: str) -> None:
+    depth = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
+    imports = picture_of_the_rooms().imports()
+    assert not {other for other in imports[room] - {"selective_pref"} if depth[other] <= depth[room]}
+
+
+def test_the_rooms_are_those_of_the_picture() -> None:
+    drawing = picture_of_the_rooms()
+    assert drawing.imports().keys() == set().union(*FLOORS)
+    floors = drawing.floors(drawing.imports())  # raises where imports run in a circle
+    shown = drawing.PICTURE.read_text(encoding="utf-8")
+    assert all(f">{room}</text>" in shown for room in floors), "draw it again: python docs/draw_architecture.py"
+
+
+def test_imports_in_a_circle_are_named() -> None:
+    with pytest.raises(ValueError, match="in a circle: a → b → a"):
+        picture_of_the_rooms().floors({"a": {"b"}, "b": {"a"}})
+
+
+def test_no_folder_of_the_adapters_is_crowded() -> None:
+    for folder in {path.parent for path in ADAPTERS.rglob("*.py")}:
+        modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= 12, f"{folder.name}: {modules}"
 
 
 @pytest.mark.parametrize("package", ["selective_pref", "selective_pref_adapters"])

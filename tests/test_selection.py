@@ -16,7 +16,7 @@ from hypothesis import given
 
 import oracle
 import strategies as s
-from selective_pref import quantile_weights, top_fraction_weights
+from selective_pref import quantile_weights, ratio_digits, top_fraction_weights
 from strategies import EVERY_DTYPE, FLOAT64, RATIOS, Backend, numpy_of
 
 ids = {"ids": lambda value: getattr(value, "id", None)}
@@ -199,6 +199,92 @@ def test_weights_agree_with_the_oracle_under_masks(scores: list[float], ratio: f
         actual = rule(np.array([scores]), np.array([mask]), ratio)[0]
         np.testing.assert_allclose(actual[mask], expected, rtol=1e-15)
         assert not np.any(actual[~np.array(mask)])
+
+
+@pytest.mark.parametrize("ties", ["share", "first", "all"])
+@pytest.mark.parametrize("backend", [*FLOAT64, Backend("torch", "float32")], **ids)
+@given(ratio=RATIOS, seed=st.integers(0, 2**32 - 1))
+def test_a_ratio_given_as_its_digits_selects_the_same_bits(
+    backend: Backend, ties: str, ratio: float, seed: int
+) -> None:
+    if len(np.format_float_positional(ratio)) > 26:  # 0., and 24 decimals
+        return
+    rng = np.random.default_rng(seed)
+    scores, mask = backend.array(rng.integers(0, 4, (9, 11)) / 2), backend.array(rng.random((9, 11)) < 0.7)
+    digits = ratio_digits(ratio, like=scores)
+    for one, two in (
+        (top_fraction_weights(scores, mask, digits, ties=ties), top_fraction_weights(scores, mask, ratio, ties=ties)),
+        (quantile_weights(scores, mask, digits), quantile_weights(scores, mask, ratio)),
+    ):
+        np.testing.assert_array_equal(numpy_of(one), numpy_of(two))
+
+
+@pytest.mark.parametrize("backend", FLOAT64, **ids)
+def test_a_nan_score_is_not_hidden_where_the_ratio_is_an_array(backend: Backend) -> None:
+    rows, mask = backend.array([[NAN, 1.0, 2.0], [3.0, 1.0, 2.0], [-INF, NAN, 0.0]]), backend.array([[True] * 3] * 3)
+    for ratio in (0.3, 0.5, 1):
+        digits = ratio_digits(ratio, like=rows)
+        for tau in (None, 5.0):
+            actual = numpy_of(top_fraction_weights(rows, mask, digits, min_score=tau))
+            assert np.isnan(actual[[0, 2], [0, 1]]).all()
+            assert np.isfinite(actual[1]).all()
+
+
+def test_digits_refused() -> None:
+    for ratio, error, message in (
+        (0, ValueError, r"selection_ratio must be in \(0, 1\]"),
+        (1e-300, ValueError, "at most 24 decimals here; got 1e-300: round it"),
+        (np.array([0.4]), TypeError, r"selection_ratio must be a number; got float64 \(1,\)"),
+    ):
+        with pytest.raises(error, match=message):
+            ratio_digits(ratio, like=SCORES)
+    for ratio in (np.array([0.4]), np.array([0, 400]), np.zeros(9)):
+        with pytest.raises(TypeError, match=r"or the integer array \[9\] that ratio_digits returns; got"):
+            top_fraction_weights(SCORES, MASK, ratio)
+    with pytest.raises(TypeError, match="selection_ratio and scores must be arrays of one library"):
+        top_fraction_weights(SCORES, MASK, ratio_digits(0.4, like=torch.zeros(1)))
+
+
+# --- a threshold -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", EVERY_DTYPE, **ids)
+def test_only_scores_above_the_threshold_keep_their_weight(backend: Backend) -> None:
+    scores = backend.array([[2.0, 0.5, 0.5, -1.0, 9.0], [0.0, 0.0, -0.5, 0.0, 9.0]])
+    mask = backend.array([[True] * 4 + [False]] * 2)
+    for ratio, tau, expected in (
+        (1, 0.0, [[1, 1, 1, 0, 0], [0] * 5]),
+        (1, 0.5, [[1, 0, 0, 0, 0], [0] * 5]),
+        (1, -0.5, [[1, 1, 1, 0, 0], [1, 1, 0, 1, 0]]),
+        (0.5, 0.0, [[1, 0.5, 0.5, 0, 0], [0] * 5]),
+        (0.25, 0.0, [[1, 0, 0, 0, 0], [0] * 5]),
+        (0.5, 2, [[0] * 5, [0] * 5]),
+    ):
+        actual = top_fraction_weights(scores, mask, ratio, min_score=tau)
+        assert numpy_of(actual).tolist() == expected
+        assert str(actual.dtype).endswith("float64" if backend.dtype == "float64" else "float32")
+
+
+@pytest.mark.parametrize("ties", ["share", "first", "all"])
+@given(batch=s.batches(), ratio=RATIOS, tau=st.integers(-24, 24).map(lambda n: n / 8))
+def test_a_threshold_takes_away_what_is_not_above_it_and_nothing_else(
+    batch: s.Batch, ratio: float, tau: float, ties: str
+) -> None:
+    response = s.NUMPY.response(batch.chosen)
+    scores, mask = response.per_token_logps, response.mask
+    plain = top_fraction_weights(scores, mask, ratio, ties=ties)
+    actual = top_fraction_weights(scores, mask, ratio, ties=ties, min_score=tau)
+    above = mask & (np.where(mask, scores, 0.0) > tau)
+    np.testing.assert_array_equal(actual, np.where(above, plain, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("tau", "error"),
+    [(NAN, ValueError), (INF, ValueError), ("0", TypeError), (True, TypeError), (np.zeros(1), TypeError)],
+)
+def test_thresholds_refused(tau: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="min_score must be a"):
+        top_fraction_weights(SCORES, MASK, 0.4, min_score=tau)
 
 
 # --- the authors' rule -------------------------------------------------------------------------------------------

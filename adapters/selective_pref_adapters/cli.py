@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
+
+from selective_pref_adapters.recipes import config_file, recipe_names
 
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
     "dpo": "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
     "score": "log-probs of a reference into a store, once for all runs that read them",
+    "inspect": "pairs as the loss reads them: a page, a picture or text, and statistics over a data set",
+    "report": "one page of one run or several: curves, what differs, what it means",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -38,18 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return {"train": _train, "dpo": _dpo, "score": _score, "demo": _demo}[command](rest)
+        return _RUN[command](rest)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = "what was scored is stored" if command == "score" else "no model was saved, logs stay where they are"
-        print(f"selective-pref {command}: interrupted; {left}", file=sys.stderr)
+        left = {"score": "what was scored is stored", "inspect": "nothing was written", "report": "nothing was written"}
+        said = left.get(command, "no model was saved, logs stay where they are")
+        print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = {"score": "score", "dpo": "trl"}.get(command, "deepspeed")
+        extra = {"score": "score", "dpo": "trl", "inspect": "seeing", "report": "seeing"}.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -66,9 +70,9 @@ def _usage() -> str:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from selective_pref_adapters.train_config import TrainConfig
+    from selective_pref_adapters.options import TrainConfig
 
-    flags = _with_config_file(arguments, TrainConfig)
+    flags = _with_config_file(arguments, TrainConfig, "train")
     config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
 
     from selective_pref_adapters.deepspeed_loop import (  # slow to import: after the flags are understood
@@ -90,7 +94,7 @@ selective_pref_adapters.cli train ...
 
 
 def _dpo(arguments: list[str]) -> int:
-    from selective_pref_adapters.trl_script import main as dpo
+    from selective_pref_adapters.trl_trainer.command import main as dpo
 
     dpo(arguments)
     return 0
@@ -99,12 +103,12 @@ def _dpo(arguments: list[str]) -> int:
 def _score(arguments: list[str]) -> int:
     import tyro
 
-    from selective_pref_adapters.score_config import ScoreConfig
+    from selective_pref_adapters.options import ScoreConfig
 
-    flags = _with_config_file(arguments, ScoreConfig)
+    flags = _with_config_file(arguments, ScoreConfig, "score")
     config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
 
-    from selective_pref_adapters.score_command import score
+    from selective_pref_adapters.reference_store.command import score
 
     score(config)
     return 0
@@ -117,14 +121,67 @@ a store instead. `--config FILE.yaml` reads flags from a file; flags on the comm
 """
 
 
+def _inspect(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.seeing.options import InspectConfig
+
+    flags = _with_config_file(arguments, InspectConfig, "inspect")
+    config = tyro.cli(InspectConfig, args=flags, prog="selective-pref inspect", description=_INSPECT)
+
+    from selective_pref_adapters.seeing.inspect_command import inspect
+
+    inspect(config)
+    return 0
+
+
+_INSPECT = """Show what the loss reads of preference pairs: the score and weight of every token, both sides.
+
+Without --out in the terminal; with --out page.html as one page that needs nothing else. `--config FILE.yaml` reads
+flags from a file; flags on the command line win.
+"""
+
+
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.seeing.options import ReportConfig
+
+    config = tyro.cli(ReportConfig, args=arguments, prog="selective-pref report", description=_REPORT)
+
+    from selective_pref_adapters.seeing.report import report
+
+    report(config)
+    return 0
+
+
+_REPORT = "Show how runs went: their curves over each other, what differs in their configuration, what to conclude."
+
+
 def _demo(arguments: list[str]) -> int:
     from selective_pref_adapters.replication.demo import main as demo
 
     return demo(arguments)
 
 
-def _with_config_file(arguments: list[str], config: type) -> list[str]:
-    """`--config FILE` replaced by the flags the file holds, put first; `config` is the dataclass that knows them."""
+_RUN = {
+    "train": _train,
+    "dpo": _dpo,
+    "score": _score,
+    "inspect": _inspect,
+    "report": _report,
+    "demo": _demo,
+}
+
+
+def _with_config_file(arguments: list[str], config: type, command: str) -> list[str]:
+    """`--config FILE` replaced by the flags that the file holds, put first.
+
+    Args:
+        arguments: as they were typed.
+        config: the dataclass whose fields are the flags.
+        command: whose recipes may be named, too.
+    """
     known = [field.name for field in fields(config)]
     flags: list[str] = []
     rest = iter(arguments)
@@ -132,19 +189,21 @@ def _with_config_file(arguments: list[str], config: type) -> list[str]:
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(rest, "")
-            from_file += _flags_of_file(path, known)
+            from_file += _flags_of_file(path, known, command)
         else:
             flags.append(argument)
     return from_file + flags
 
 
-def _flags_of_file(path: str, known: Sequence[str]) -> list[str]:
+def _flags_of_file(path: str, known: Sequence[str], command: str) -> list[str]:
     import yaml
 
     if not path:
-        raise ValueError(f"--config needs the name of a YAML file, or of a recipe: {', '.join(recipes())}")
+        names = recipe_names(command)
+        recipes = f", or of a recipe: {', '.join(names)}" if names else ""
+        raise ValueError(f"--config needs the name of a YAML file{recipes}")
     try:
-        options = yaml.safe_load(_config_file(path).read_text(encoding="utf-8"))
+        options = yaml.safe_load(config_file(path, command).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
@@ -155,21 +214,6 @@ def _flags_of_file(path: str, known: Sequence[str]) -> list[str]:
             meant = f": did you mean {near[0]!r}?" if near else f". Options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
     return [flag for name, value in options.items() for flag in _flag(str(name), value)]
-
-
-_RECIPES = Path(__file__).parent / "recipes"
-
-
-def recipes() -> list[str]:
-    """The names of the shipped recipes."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
-
-
-def _config_file(name: str) -> Path:
-    """A file of that name, else the shipped recipe of that name."""
-    if not Path(name).exists() and name in recipes():
-        return _RECIPES / f"{name}.yaml"
-    return Path(name)
 
 
 def _flag(name: str, value: Any) -> list[str]:

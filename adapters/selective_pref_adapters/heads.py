@@ -3,18 +3,27 @@
 In: a causal LM (bare, under PEFT, or wrapped by a training engine) and a batch in the trainers' layout. Out: [2B T]
 log-probs in at least float32. Every adapter asks here, so every adapter gets the same numbers.
 
-`install_fused_head(model)` runs once, before a model is wrapped. It teaches the model to answer a call that carries
-`completion_labels` with log-probs instead of logits. The head is still called as a module, so whatever gathers, shards
-or checkpoints weights around modules (ZeRO-3, FSDP2) finds it where it expects it. A model whose head does anything
-that the fused head does not (found by a test of its own forward, not by its name) is served by its logits, and a log
-line says so.
+`install_fused_head(model)` runs once, before a model is wrapped. It puts `WithFusedHead` in front of the model's
+class, so that a call with `completion_labels` is answered by log-probs instead of logits. Nothing else about the model
+changes: its other calls, the signature of its forward, generation, saving, pickles and copies are those of its own
+class. The head is still called as a module, so whatever gathers, shards or checkpoints weights around modules (ZeRO-3,
+FSDP2) finds it where it expects it. A model whose head does anything that the fused head does not (found by a test of
+its own forward, not by its name) is served by its logits, and a log line says so.
+
+Before the head comes the body. Where `shared_prefix` can, the rows of a batch go through it without their padding, and
+a prompt that several rows begin with goes through it once. Other batches go through it as they are.
 """
 
 from __future__ import annotations
 
+import copy
+import copyreg
+import functools
+import inspect
 import logging
-import types
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +31,14 @@ from torch import Tensor, nn
 from selective_pref import per_token_logps
 from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 from selective_pref_adapters.batch import Batch, labels_of
+from selective_pref_adapters.model_inputs import causal_lm, has_soft_prompt, inputs_of
+from selective_pref_adapters.models import text_config
 from selective_pref_adapters.pairs import IGNORE_INDEX
-from selective_pref_adapters.shared_prefix import Layout, continues, lay_out
+from selective_pref_adapters.shared_prefix import Layout, continues, lay_out, prepare
 
 logger = logging.getLogger(__name__)
 
-_SERVED = "_selective_pref_head"  # the attribute that a model with a fused head carries
+Options = dict[str, Any]  # logit_scale and softcap, as `fused_per_token_logps` takes them
 
 
 def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
@@ -35,12 +46,13 @@ def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
 
     Args:
         model: a causal LM, or what wraps one; with a fused head if `install_fused_head` was called on it.
-        batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1].
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1], and whatever else the model's forward
+            takes (see `inputs_of`).
     """
     labels = labels_of(batch)
     if _is_served(model):
-        return model(**_inputs(batch), completion_labels=labels)
-    return _dense_logps(model(**_inputs(batch)).logits, labels)
+        return model(**inputs_of(model, batch), completion_labels=labels)
+    return _dense_logps(model(**inputs_of(model, batch)).logits, labels)
 
 
 def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitStatistics]:
@@ -50,9 +62,9 @@ def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitS
     """
     labels = labels_of(batch)
     if _is_served(model):
-        logps, *statistics = model(**_inputs(batch), completion_labels=labels, statistics=True)
+        logps, *statistics = model(**inputs_of(model, batch), completion_labels=labels, statistics=True)
     else:
-        logps, *statistics = _dense_logps_and_statistics(model(**_inputs(batch)).logits, labels)
+        logps, *statistics = _dense_logps_and_statistics(model(**inputs_of(model, batch)).logits, labels)
     entropy, mean_logits, is_top1 = statistics
     return logps, LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
 
@@ -60,45 +72,48 @@ def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitS
 def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
     """`model_per_token_logps` of a model that does not learn, a reference: [2B T] without a gradient.
 
-    On a CPU every row is scored by itself, without its padding. That costs nothing there, and the bits of a row then
-    depend on the row alone: the same whether it was scored beside others, in another order, or long before. Every
-    process calls the model as many times as its batch has rows, whatever they hold, so that sharded weights can be
-    gathered together.
+    It is the policy's call with the policy's shapes: some processors' matrix products differ in their last bits from
+    shape to shape, so only then do equal weights give equal bits, and scores of exactly 0 (Eq. 6).
 
     Args:
         model: as in `model_per_token_logps`, in evaluation mode.
-        batch: likewise; padding may stand on either side.
+        batch: the batch that the policy reads.
     """
     with torch.no_grad():
-        if batch["input_ids"].is_cuda:
-            return model_per_token_logps(model, batch).detach()
-        if _rows_by_themselves(model):
-            return model_per_token_logps(model, batch).detach()
-        rows, width = batch["input_ids"].shape
-        out = torch.zeros(rows, max(width - 1, 0))
-        for row in range(rows):
-            places = batch["attention_mask"][row].nonzero().squeeze(-1)
-            alone = places if len(places) else torch.zeros(1, dtype=torch.int64)  # an empty row still takes its turn
-            names = ("input_ids", "attention_mask", "completion_mask")
-            logps = model_per_token_logps(model, {name: batch[name][row, alone].unsqueeze(0) for name in names})
-            out = out.to(logps.dtype)
-            out[row, alone[1:] - 1] = logps[0]
-        return out
+        return model_per_token_logps(model, batch).detach()
 
 
-def _rows_by_themselves(model: Any) -> bool:
-    """Whether the model computes every row of a batch by itself (and a prompt once for all rows that begin with it)."""
-    causal = next((module for module in model.modules() if hasattr(module, _SERVED)), None)
-    soft = any(getattr(getattr(m, "active_peft_config", None), "is_prompt_learning", False) for m in model.modules())
-    if causal is None or soft or causal._share_prefix == "off":
+def scores_rows_by_themselves(model: Any) -> bool:
+    """Whether `row_per_token_logps` is for this model: on a CPU, where its rows can be computed one by one.
+
+    Args:
+        model: a causal LM, or a PEFT model around one, with a fused head; without an engine.
+    """
+    causal = causal_lm(model)
+    if not isinstance(causal, WithFusedHead) or causal._share_prefix == "off" or has_soft_prompt(model):
         return False
-    if not getattr(causal, _SERVED):
-        setattr(causal, _SERVED, True)
-        _decided(causal)
-    return hasattr(causal.get_output_embeddings(), "_dense_forward") and continues(causal)
+    return _is_fused(causal) and continues(causal)
 
 
-def install_fused_head(model: nn.Module, *, at_first_call: bool = False, share_prefix: str = "auto") -> bool:
+def row_per_token_logps(model: Any, batch: Batch) -> Tensor:
+    """`frozen_per_token_logps`, but the bits of a row's log-probs depend on that row alone: [2B T].
+
+    A prompt that several rows begin with is computed once all the same.
+
+    Args:
+        model: one that `scores_rows_by_themselves`, in evaluation mode.
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1].
+    """
+    with torch.no_grad():
+        return model(**inputs_of(model, batch), completion_labels=labels_of(batch), by_row=True).detach()
+
+
+# --- the fused head in a model ---------------------------------------------------------------------------------------
+
+
+def install_fused_head(
+    model: nn.Module, *, at_first_call: bool = False, share_prefix: Literal["auto", "off"] | None = None
+) -> bool:
     """Makes `model_per_token_logps` of this model use the fused head; returns whether it could.
 
     Args:
@@ -106,97 +121,161 @@ def install_fused_head(model: nn.Module, *, at_first_call: bool = False, share_p
             wrapped by an engine. Calling twice is harmless.
         at_first_call: decide when the model is first asked for log-probs, and return True: for a model whose weights
             an engine will move, cast or shard (or has sharded already).
+        share_prefix: `auto` computes a prompt once for all rows that begin with it, where that gives the model's own
+            numbers; `off` gives the rows of every batch to the model as they are. None leaves it as it was: at first,
+            `auto`.
+
+    Raises:
+        ValueError: `share_prefix` is something else.
     """
-    if share_prefix not in ("auto", "off"):
+    if share_prefix not in ("auto", "off", None):
         raise ValueError(f"share_prefix must be 'auto' or 'off'; got {share_prefix!r}")
-    causal = _causal_lm(model)
-    causal._share_prefix = share_prefix
-    if hasattr(causal, _SERVED):
+    causal = causal_lm(model)
+    if isinstance(causal, WithFusedHead):
+        causal._share_prefix = share_prefix or causal._share_prefix
         return True
-    if not at_first_call and not _decided(causal):
+    if "forward" in vars(causal):
+        _log_why_not(causal, f"its forward is not its class's own: {_REPLACED}")
         return False
-    setattr(causal, _SERVED, not at_first_call)
-    causal._dense_forward, causal.forward = causal.forward, types.MethodType(_forward, causal)
+    options = None if at_first_call else _decide(causal)
+    if options is False:
+        return False
+    causal._fused_head, causal.__class__ = options, _class_with_fused_head(type(causal))
+    causal._share_prefix = share_prefix or "auto"
+    if not at_first_call and causal._share_prefix == "auto":
+        prepare(causal)
     return True
 
 
-def _decided(causal: Any) -> bool:
-    """Whether the fused head serves this model; teaches the head, or says why not."""
-    reason = _why_not(causal)
-    if reason is not None:
-        logger.warning("%s is served by its logits, not by the fused head: %s", type(causal).__name__, reason)
-        return False
-    head = causal.get_output_embeddings()
-    head._dense_forward, head.forward = head.forward, types.MethodType(_head_forward, head)
-    return True
+class WithFusedHead:
+    """Stands in front of the class of a causal LM; `forward` is made for each class by `_class_with_fused_head`.
 
-
-def _forward(
-    self: Any, *args: Any, completion_labels: Tensor | None = None, statistics: bool = False, **kwargs: Any
-) -> Any:
-    """The causal LM's forward: its own without `completion_labels`; with them, log-probs [B T] (and statistics)."""
-    if completion_labels is None:
-        return self._dense_forward(*args, **kwargs)
-    if not getattr(self, _SERVED):
-        setattr(self, _SERVED, True)
-        _decided(self)
-    head = self.get_output_embeddings()
-    if not hasattr(head, "_dense_forward"):  # not to be fused, or replaced since by an adapter of its own
-        dense = _dense_logps_and_statistics if statistics else _dense_logps
-        return dense(self._dense_forward(*args, **kwargs).logits, completion_labels)
-    share = getattr(self, "_share_prefix", "auto") == "auto" and not args
-    found = lay_out(self, kwargs, completion_labels, compiled=torch.compiler.is_compiling()) if share else None
-    if found is not None:
-        return _by_layout(self, found, completion_labels, statistics)
-    hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
-    options = {**_head_options(self.config), "statistics": statistics}
-    return head(hidden[:, :-1], completion_labels=completion_labels[:, 1:], options=options)
-
-
-def _by_layout(causal: Any, found: Layout, labels: Tensor, statistics: bool) -> Any:
-    """Log-probs [B T] (and statistics) of a batch whose prompts are shared.
-
-    Without gradients on a CPU the head, too, is called for each row by itself, so that the bits of a row's log-probs
-    depend on that row alone. With them that would cost a gradient of the head's size for each row.
+    Pickled, a model is of its own class again, so that it can be read where this package is not installed. A copy has
+    the fused head, too.
     """
-    hidden, targets = found.states(causal), labels[found.rows, found.columns + 1]
-    parts = [len(targets)] if torch.is_grad_enabled() or hidden.device.type != "cpu" else found.counts
-    options = {**_head_options(causal.config), "statistics": statistics}
-    head = causal.get_output_embeddings()
-    outs = [
-        head(states[None], completion_labels=some[None], options=options)
-        for states, some in zip(hidden.split(parts), targets.to(hidden.device).split(parts), strict=True)
+
+    _fused_head = None  # options, once decided
+    _share_prefix = "auto"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _as_its_own_class(self):
+            maker, *others = self.__reduce_ex__(max(protocol, 2))
+        # A pickler compares the class that `__newobj__` is to make with the object's.
+        return (object.__new__ if maker is copyreg.__newobj__ else maker, *others)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        kind = type(self)
+        with _as_its_own_class(self):
+            twin = copy.deepcopy(self, memo)
+        twin.__class__ = kind
+        return twin
+
+
+@contextmanager
+def _as_its_own_class(causal: Any) -> Iterator[None]:
+    kind = type(causal)
+    causal.__class__ = causal._own_class
+    try:
+        yield
+    finally:
+        causal.__class__ = kind
+
+
+@functools.cache
+def _class_with_fused_head(own: Any) -> type:
+    """A subclass with the name and the signatures of `own`, whose forward knows `completion_labels`."""
+
+    def forward(
+        self: Any,
+        *args: Any,
+        completion_labels: Tensor | None = None,
+        statistics: bool = False,
+        by_row: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if completion_labels is None:
+            return own.forward(self, *args, **kwargs)
+        if not _is_fused(self):
+            dense = _dense_logps_and_statistics if statistics else _dense_logps
+            return dense(own.forward(self, *args, **kwargs).logits, completion_labels)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # not every body takes `labels`
+        if self._share_prefix == "auto" and not args:
+            compiled = torch.compiler.is_compiling()
+            layout = lay_out(self, kwargs, completion_labels, by_row=by_row, compiled=compiled)
+            if layout is not None:
+                return _by_layout(self, layout, layout.states(self), completion_labels, statistics, by_row)
+        hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
+        return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics)
+
+    functools.update_wrapper(forward, own.forward)
+    vars(forward)["__signature__"] = inspect.signature(own.forward)
+    del vars(forward)["__wrapped__"]  # accelerate would unwrap it, and call the forward without what decorates it
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (WithFusedHead, own), {**names, "forward": forward, "_own_class": own})
+
+
+@torch.compiler.disable  # a test run of the model, and changes of the head that a graph could not hold
+def _is_fused(causal: Any) -> bool:
+    """Whether the head can be called for log-probs: decided once, and no adapter or hook was put on it since."""
+    if causal._fused_head is None:
+        causal._fused_head = _decide(causal)
+    return causal._fused_head is not False and _not_plain(causal.get_output_embeddings()) is None
+
+
+@torch.compiler.disable
+def _by_layout(
+    causal: Any, layout: Layout, hidden: Tensor, labels: Tensor, statistics: bool, by_row: bool
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probs [B T] (and statistics) from the hidden states of the completion tokens [M D] alone.
+
+    Args:
+        by_row: the head, too, is called for each row by itself.
+    """
+    targets = labels[layout.rows, layout.columns + 1]
+    sizes = layout.counts if by_row else [len(targets)]
+    parts = [
+        _call_head(causal, states[None], some[None], statistics)
+        for states, some in zip(hidden.split(sizes), targets.split(sizes), strict=True)
     ]
-    if not statistics:
-        return _spread(torch.cat(outs, dim=1)[0], found, labels)
-    return tuple(_spread(torch.cat(column, dim=1)[0], found, labels) for column in zip(*outs, strict=True))
+
+    def spread(values: tuple[Tensor, ...]) -> Tensor:
+        found = torch.cat(values, dim=1)[0]
+        places = (layout.rows.to(found.device), layout.columns.to(found.device))
+        return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(places, found)
+
+    return tuple(spread(column) for column in zip(*parts, strict=True)) if statistics else spread(tuple(parts))
 
 
-def _spread(values: Tensor, found: Layout, labels: Tensor) -> Tensor:
-    """Values of the completion tokens [M] at their places in [B T], 0 elsewhere."""
-    out = values.new_zeros(labels.shape[0], labels.shape[1] - 1)
-    return out.index_put((found.rows.to(values.device), found.columns.to(values.device)), values)
+@torch.compiler.disable
+def _call_head(causal: Any, hidden: Tensor, labels: Tensor, statistics: bool) -> Any:
+    """Log-probs [B T] (and statistics) from the head, which is called as a module with its forward replaced."""
+    head, options = causal.get_output_embeddings(), causal._fused_head
+
+    def fused(hidden: Tensor) -> Any:
+        places = labels.to(hidden.device)
+        if not statistics:
+            return fused_per_token_logps(hidden, head.weight, places, bias=head.bias, **options)
+        logps, found = fused_logps_and_statistics(hidden, head.weight, places, bias=head.bias, **options)
+        return logps, found.entropy, found.mean_logits, found.is_top1
+
+    with _forward_replaced(head, fused):
+        return head(hidden)
 
 
-def _head_forward(
-    self: Any, hidden: Tensor, completion_labels: Tensor | None = None, options: dict[str, Any] | None = None
-) -> Any:
-    """The head's forward: its own without `completion_labels`; with them, the fused one."""
-    if completion_labels is None:
-        return self._dense_forward(hidden)
-    labels, options = completion_labels.to(hidden.device), dict(options or {})
-    if not options.pop("statistics", False):
-        return fused_per_token_logps(hidden, self.weight, labels, bias=self.bias, **options)
-    logps, found = fused_logps_and_statistics(hidden, self.weight, labels, bias=self.bias, **options)
-    return logps, found.entropy, found.mean_logits, found.is_top1
+@contextmanager
+def _forward_replaced(head: nn.Module, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _is_served(model: Any) -> bool:
-    return any(hasattr(module, _SERVED) for module in model.modules())
+    return isinstance(causal_lm(model), WithFusedHead)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+# --- by logits -------------------------------------------------------------------------------------------------------
 
 
 def _dense_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -216,13 +295,31 @@ def _dense_logps_and_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor,
     return _dense_logps(logits, labels), entropy * counts, shifted.mean(-1) * counts, is_top1
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside PEFT's wrappers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+# --- whether the fused head gives the same numbers -------------------------------------------------------------------
+
+_PLAIN: Options = {"logit_scale": 1.0, "softcap": None}
+_REPLACED = (
+    "accelerate has put hooks on it (device_map, offload), or an earlier trainer or a patch has replaced it on this "
+    "object (then load the model anew)"
+)
 
 
-def _head_options(config: Any) -> dict[str, float | None]:
-    """The scale and the soft cap that a configuration names, as `fused_per_token_logps` takes them."""
+def _decide(causal: Any) -> Options | Literal[False]:
+    """The options with which the fused head serves this model; False where it does not, and a log line says why."""
+    found = _fitting_options(causal)
+    if isinstance(found, str):
+        _log_why_not(causal, found)
+        return False
+    return found
+
+
+def _log_why_not(causal: Any, reason: str) -> None:
+    logger.warning("%s is served by its logits, not by the fused head: %s", type(causal).__name__, reason)
+
+
+def _named_options(causal: Any) -> Options:
+    """The scale and the soft cap that a model's configuration names, as `fused_per_token_logps` takes them."""
+    config = text_config(causal)
     scale = getattr(config, "logit_scale", None)  # Cohere multiplies
     scaling = getattr(config, "logits_scaling", None)  # Granite divides
     return {
@@ -231,16 +328,26 @@ def _head_options(config: Any) -> dict[str, float | None]:
     }
 
 
-def _why_not(causal: Any) -> str | None:
-    """None where the fused head computes this model's log-probs; otherwise what stands against it.
+def _not_plain(head: Any) -> str | None:
+    """None for a linear layer with the forward of `nn.Linear`; otherwise what it is."""
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        return f"its output layer is {type(head).__name__}, not a plain linear one"
+    if "forward" in vars(head):
+        return f"the forward of its output layer is not its class's own: {_REPLACED}"
+    return None
+
+
+def _fitting_options(causal: Any) -> Options | str:
+    """The options with which the fused head computes this model's log-probs; otherwise what stands against it.
 
     The model's own forward is run once with its head replaced by a fixed ramp of products: what comes out must be our
     transform of the ramp (over the whole range of logits, not only what today's weights produce), and what went into
-    the head must be the body's output.
+    the head must be the body's output. Some models of text and images do not apply what their text part's
+    configuration names, so the ramp may also come out as it went in.
     """
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    if type(head) is not nn.Linear:
-        return f"its output layer is {type(head).__name__}, not a plain linear one"
+    if (reason := _not_plain(head)) is not None:
+        return reason
     seen: list[Tensor] = []
     ramp = torch.linspace(-200, 200, head.out_features, device=head.weight.device, dtype=torch.float32)
 
@@ -250,29 +357,28 @@ def _why_not(causal: Any) -> str | None:
 
     ids = torch.arange(3, device=head.weight.device).unsqueeze(0) % head.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    own, training = head.forward, causal.training
+    modes = [(module, module.training) for module in causal.modules()]
+    causal.eval()
     try:
-        causal.eval()
-        head.forward = record
-        with torch.no_grad():
-            logits = getattr(causal, "_dense_forward", causal)(**inputs).logits
+        with torch.no_grad(), _forward_replaced(head, record):
+            # At the first call this runs inside the model's forward, so what wraps that (autocast) must not run again.
+            inside = isinstance(causal, WithFusedHead)
+            logits = (type(causal).forward(causal, **inputs) if inside else causal(**inputs)).logits
             hidden = causal.base_model(**inputs)[0]
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError) as error:
         return f"its forward cannot be taken apart: {type(error).__name__}: {error}"
     finally:
-        head.forward = own
-        if "forward" in vars(head) and own.__func__ is type(head).forward:
-            del head.forward
-        causal.train(training)
-    options = _head_options(causal.config)
-    expected = ramp.to(hidden.dtype) * options["logit_scale"]
-    if options["softcap"] is not None:
-        expected = torch.tanh(expected / options["softcap"]) * options["softcap"]
-    tolerance = 8 * torch.finfo(hidden.dtype).eps
-    if logits.shape[-1] != head.out_features or not torch.allclose(
-        logits[0, 0].float(), expected.float(), rtol=tolerance, atol=200 * tolerance
-    ):
-        return "it changes its logits in a way that its configuration does not name"
+        for module, training in modes:
+            module.training = training
     if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.allclose(seen[0], hidden, equal_nan=True):
         return "something stands between its body and its head"
-    return None
+    tolerance = 8 * torch.finfo(hidden.dtype).eps
+    for options in (_named_options(causal), _PLAIN):
+        expected = ramp.to(hidden.dtype) * options["logit_scale"]
+        if (cap := options["softcap"]) is not None:
+            expected = torch.tanh(expected / cap) * cap
+        if logits.shape[-1] == head.out_features and torch.allclose(
+            logits[0, 0].float(), expected.float(), rtol=tolerance, atol=200 * tolerance
+        ):
+            return options
+    return "it changes its logits in a way that its configuration does not name"

@@ -21,7 +21,7 @@ import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from selective_pref_adapters.train_config import Truncation
+from selective_pref_adapters.options import Truncation
 
 Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 
@@ -77,6 +77,8 @@ class TokenizationReport:
     left_out: Counter[str] = field(default_factory=Counter[str])
     truncated: int = 0
     boundary_merged: int = 0
+    unteachable: int = 0
+    """Kept pairs with an empty completion or two equal sides (`keep_unteachable`)."""
 
     def lines(self) -> list[str]:
         """One sentence for each thing worth knowing; empty where every row was kept whole."""
@@ -87,6 +89,11 @@ class TokenizationReport:
             counts.append(
                 f"{self.boundary_merged} of {self.kept} kept pairs have a prompt whose last tokens change when a "
                 "completion follows: their completion starts where the ids diverge"
+            )
+        if self.unteachable:
+            counts.append(
+                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: TRL trains "
+                f"on them, selective-pref train on the other {self.kept - self.unteachable} alone"
             )
         return counts
 
@@ -414,10 +421,10 @@ def _tokenize(
     report: TokenizationReport,
 ) -> TokenizedPair | None:
     """The pair's ids, or None after counting why it was left out."""
-    if not keep_unteachable and (_is_empty(row.chosen) or _is_empty(row.rejected)):
-        return _leave_out(report, _EMPTY)
-    if not keep_unteachable and row.chosen == row.rejected:
-        return _leave_out(report, _EQUAL)
+    unteachable = _EQUAL if row.chosen == row.rejected else None
+    unteachable = _EMPTY if _is_empty(row.chosen) or _is_empty(row.rejected) else unteachable
+    if unteachable and not keep_unteachable:
+        return _leave_out(report, unteachable)
     prompt = _ids(row, tokenizer, row.prompt, None)
     full = [_ids(row, tokenizer, row.prompt, side) for side in (row.chosen, row.rejected)]
     boundary = min(_common_prefix(prompt, ids) for ids in full)
@@ -426,6 +433,7 @@ def _tokenize(
         return _leave_out(report, _NO_COMPLETION)
     if not keep_unteachable and cut[0] == cut[1]:
         return _leave_out(report, f"{_EQUAL} after truncation")
+    report.unteachable += bool(unteachable) or cut[0] == cut[1]
     report.truncated += any(len(ids) > max_length for ids in full)
     report.boundary_merged += boundary < len(prompt)
     (chosen_ids, chosen_prompt_length), (rejected_ids, rejected_prompt_length) = cut

@@ -7,10 +7,10 @@ import signal
 import sys
 from typing import Any
 
-from selective_pref_adapters import deepspeed_loop
 from selective_pref_adapters.cli import main
+from selective_pref_adapters.deepspeed_loop import loop
 
-step_engine = deepspeed_loop.step_engine
+step_engine = loop.step_engine
 calls = 0
 
 
@@ -24,5 +24,5 @@ def dying(engine: Any) -> float:
 
 
 if __name__ == "__main__":
-    deepspeed_loop.step_engine = dying
+    loop.step_engine = dying
     sys.exit(main(sys.argv[1:]))

@@ -21,8 +21,7 @@ from selective_pref import NonFiniteError
 from selective_pref_adapters.batch import REF_LOGPS
 from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
 from selective_pref_adapters.pairs import read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore
-from selective_pref_adapters.scoring import fill_store, reference_space
+from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
 
 faulthandler.dump_traceback_later(150, exit=True)  # one process that waits for the other for ever says where
 POLICY, REFERENCE, PAIRS, OUT = (Path(argument) for argument in sys.argv[1:5])

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from selective_pref_adapters import deepspeed_loop as loop
 from selective_pref_adapters.cli import main
-from selective_pref_adapters.train_config import TrainConfig
+from selective_pref_adapters.deepspeed_loop import loop, sampling
+from selective_pref_adapters.options import TrainConfig
 
 PATIENCE = 150  # seconds after which a run counts as hanging
 
@@ -77,7 +77,7 @@ def train_with_empty_rank(config: TrainConfig) -> None:
 
     def share_of(*arguments: Any) -> Any:
         batches = whole(*arguments)
-        return [[loop.FILLER] * len(batch) for batch in batches] if os.environ["RANK"] == "1" else batches
+        return [[sampling.FILLER] * len(batch) for batch in batches] if os.environ["RANK"] == "1" else batches
 
     loop.share_of = share_of
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_pref_adapters import checkpoints
+from selective_pref_adapters.deepspeed_loop import checkpoints
 
 
 def write(folder: Path, step: int, keep: int = 2) -> Path:
@@ -68,6 +68,20 @@ def test_the_marker_is_written_last_and_the_name_after_it(tmp_path: Path, monkey
         (".step-00000003", False),
         (tmp_path.name, True),
     ]
+
+
+def test_older_ones_go_only_when_the_new_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill at the rename must leave the earlier checkpoint."""
+    before = write(tmp_path, 1, keep=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 2, keep=1)
+    assert checkpoints.newest_complete(tmp_path) == before
 
 
 def test_what_is_abandoned_is_gone(tmp_path: Path) -> None:

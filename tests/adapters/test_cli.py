@@ -13,7 +13,7 @@ import yaml
 import selective_pref_adapters
 from selective_pref_adapters.cli import main
 
-RECIPES = Path(selective_pref_adapters.__file__).parent / "recipes"
+RECIPES = Path(selective_pref_adapters.__file__).parent / "recipes" / "train"
 
 
 def flags(policy: Path, reference: Path, pairs: Path, output: Path) -> list[str]:

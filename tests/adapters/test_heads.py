@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
 from selective_pref_adapters.heads import (
     frozen_per_token_logps,
@@ -19,6 +21,7 @@ from selective_pref_adapters.heads import (
     model_logps_and_statistics,
     model_per_token_logps,
 )
+from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
 
 TINY = {
     "vocab_size": 64,
@@ -171,19 +174,26 @@ def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_frozen_model_s_bits_depend_on_the_row_alone(batch: dict[str, torch.Tensor], fused: bool) -> None:
-    model = make("qwen3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_model_gives_the_bits_of_a_policy_with_its_weights(
+    batch: dict[str, torch.Tensor], fused: bool, dtype: torch.dtype
+) -> None:
+    """The same call with the same shapes, so a policy that starts at its reference has scores of exactly 0."""
+    policy, reference = make("qwen3").to(dtype).train(), make("qwen3").to(dtype)
     if fused:
-        install_fused_head(model)
-    whole = frozen_per_token_logps(model, batch)
-    with torch.no_grad():
-        torch.testing.assert_close(whole, model_per_token_logps(model, batch))
-    assert not whole.requires_grad
+        install_fused_head(policy)
+        install_fused_head(reference)
+    frozen = frozen_per_token_logps(reference, batch)
+    assert torch.equal(frozen, model_per_token_logps(policy, batch))
+    assert not frozen.requires_grad
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
     for row in range(4):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         padded = {name: torch.nn.functional.pad(tensor, (5, 3)) for name, tensor in alone.items()}
-        assert torch.equal(frozen_per_token_logps(model, alone), whole[row : row + 1])
-        assert torch.equal(frozen_per_token_logps(model, padded)[:, 5:-3], whole[row : row + 1])
+        near = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(frozen_per_token_logps(reference, alone), frozen[row : row + 1], **near)
+        torch.testing.assert_close(frozen_per_token_logps(reference, padded)[:, 5:-3], frozen[row : row + 1], **near)
+    model = reference
     empty = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
     assert torch.equal(frozen_per_token_logps(model, empty), torch.zeros(4, 11))
 
@@ -234,15 +244,11 @@ def test_an_adapter_on_the_head_itself_is_served_by_logits(
             assert_same(logps_and_gradients(model, batch), expected)
 
 
-class Shifted(nn.Module):
-    """Wraps a forward so that the logits differ from what the configuration says."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.inner = inner
+class Capped(LlamaForCausalLM):
+    """A Llama whose logits differ from what its configuration says."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.inner(*args, **kwargs)
+        out = super().forward(*args, **kwargs)
         out.logits = torch.tanh(out.logits / 30) * 30
         return out
 
@@ -254,11 +260,11 @@ def test_a_change_of_logits_that_no_configuration_names_is_found(
     model = make("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-3)
-    model.forward = Shifted(model.forward).forward
+    model.__class__ = Capped
     with caplog.at_level(logging.WARNING):
         assert not install_fused_head(model)
     assert "in a way that its configuration does not name" in caplog.text
-    assert "completion_labels" not in str(vars(model.lm_head))
+    assert type(model) is Capped
     logps_and_gradients(model, batch)
 
 
@@ -271,19 +277,316 @@ def test_a_layer_between_body_and_head_is_found(caplog: pytest.LogCaptureFixture
     assert "something stands between its body and its head" in caplog.text
 
 
-def test_a_copy_answers_for_itself(batch: dict[str, torch.Tensor]) -> None:
-    model = make("llama")
+# --- a model is as it was --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_padded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows with 0, 3, 5 and 1 places of padding on their left."""
+    padding = torch.tensor([[0], [3], [5], [1]])
+    attention_mask = (torch.arange(12) >= padding).long()
+    return {**batch, "attention_mask": attention_mask, "completion_mask": attention_mask * (torch.arange(12) >= 6)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "mixtral"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_model_with_a_fused_head_is_otherwise_as_it_was(
+    name: str, used: bool, left_padded: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    plain, model = make(name), make(name)
+    assert install_fused_head(model)
+    if used:
+        model_per_token_logps(model, left_padded).sum().backward()
+        model.zero_grad()
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert str(type(model)) == str(type(plain))
+    assert isinstance(model, type(plain))
+    assert type(model.get_output_embeddings()) is nn.Linear
+    assert "forward" not in {**vars(model), **vars(model.get_output_embeddings())}
+    ids, mask = left_padded["input_ids"], left_padded["attention_mask"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for given in ({"attention_mask": mask}, {}):  # without a mask it is inferred from the padding's id
+        texts = [some.generate(ids.masked_fill(mask == 0, 0), **given, **options) for some in (plain, model)]
+        assert torch.equal(*texts)
+    state = model.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+    with torch.no_grad():
+        expected = plain(input_ids=ids, attention_mask=mask).logits
+        read = pickle.loads(pickle.dumps(model))
+        assert type(read) is type(plain)
+        assert torch.equal(read(input_ids=ids, attention_mask=mask).logits, expected)
+        model.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).architectures == [type(plain).__name__]
+        for kind in (AutoModelForCausalLM, type(model)):
+            again = kind.from_pretrained(tmp_path).eval()
+            assert torch.equal(again(input_ids=ids, attention_mask=mask).logits, expected)
+            ours = model_per_token_logps(again, left_padded)
+            torch.testing.assert_close(ours, model_per_token_logps(plain, left_padded))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_copy_answers_for_itself(name: str, batch: dict[str, torch.Tensor]) -> None:
+    model = make(name)
     install_fused_head(model)
     twin = copy.deepcopy(model)
+    columns = count_logits(twin)
     with torch.no_grad():
+        before = model(input_ids=batch["input_ids"]).logits
         for parameter in twin.parameters():
             parameter.mul_(1.1)
         ours, theirs = model_per_token_logps(model, batch), model_per_token_logps(twin, batch)
-    assert not torch.allclose(ours, theirs)
-    fresh = make("llama")
+        assert columns == [batch["input_ids"].shape[1] - 1]  # it has the fused head, too
+        assert not torch.allclose(ours, theirs)
+        assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
+        assert not torch.allclose(twin(input_ids=batch["input_ids"]).logits, before)
+    fresh = make(name)
     fresh.load_state_dict(twin.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(model_per_token_logps(fresh, batch), theirs)
+
+
+@pytest.mark.parametrize("at_first_call", [False, True])
+def test_mixed_precision_of_accelerate_goes_around_the_fused_head_and_comes_off_again(
+    at_first_call: bool, batch: dict[str, torch.Tensor]
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model, plain = make("llama"), make("llama")
+    assert install_fused_head(model, at_first_call=at_first_call)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped, other = accelerator.prepare(model, plain)
+    assert inspect.signature(wrapped.forward) == inspect.signature(other.forward)
+    low = model_per_token_logps(wrapped, batch)
+    assert not torch.is_autocast_enabled("cpu")  # it is left as often as it was entered
+    torch.testing.assert_close(low, model_per_token_logps(other, batch), rtol=0.05, atol=0.1)
+    unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    exact = model_per_token_logps(unwrapped, batch)
+    assert not torch.equal(low, exact)
+    torch.testing.assert_close(exact, model_per_token_logps(make("llama"), batch))
+
+
+def test_modes_of_parts_are_kept(batch: dict[str, torch.Tensor]) -> None:
+    model = make("llama").train()
+    model.model.eval()  # a frozen body
+    assert install_fused_head(model)
+    assert (model.training, model.model.training, model.model.layers[0].training) == (True, False, False)
+
+
+# --- what a model is given -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gemma2"])
+def test_padding_on_the_left_changes_nothing(name: str, fused: bool, left_padded: dict[str, torch.Tensor]) -> None:
+    """Also to a model with learned positions: they are counted from the first token that is attended to."""
+    model = make(name)
+    assert not fused or install_fused_head(model)
+    with torch.no_grad():
+        together = model_per_token_logps(model, left_padded)
+        torch.testing.assert_close(model_logps_and_statistics(model, left_padded)[0], together)
+        torch.testing.assert_close(frozen_per_token_logps(model, left_padded), together, rtol=1e-5, atol=1e-5)
+        for row, padding in enumerate((0, 3, 5, 1)):
+            ids = left_padded["input_ids"][row : row + 1, padding:]
+            logits = model(input_ids=ids).logits[0, :-1]
+            alone = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            alone = alone * left_padded["completion_mask"][row, padding + 1 :]
+            torch.testing.assert_close(together[row, padding:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_on_the_right_leaves_positions_to_what_they_are_by_default(batch: dict[str, torch.Tensor]) -> None:
+    positions = inputs_of(make("llama"), batch)["position_ids"]
+    assert torch.equal(positions, torch.arange(12).expand(4, -1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
+def test_everything_that_the_forward_takes_is_passed_on(name: str, fused: bool, batch: dict[str, torch.Tensor]) -> None:
+    """And nothing else; row by row, too, where each row has its own part."""
+    plain, model = make("gpt2"), make("gpt2")
+    assert not fused or install_fused_head(model)
+    generator = torch.Generator().manual_seed(7)
+    further = {name: torch.randint(1, 60, (4, 12), generator=generator), "labels": batch["input_ids"], "no_input": None}
+    full = {**batch, **further}
+    with torch.no_grad():
+        logits = plain(**{key: full[key] for key in ("input_ids", "attention_mask", name)}).logits[:, :-1]
+        expected = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        expected = expected * batch["completion_mask"][:, 1:]
+        for ask in (
+            model_per_token_logps,
+            frozen_per_token_logps,
+            lambda some, given: model_logps_and_statistics(some, given)[0],
+        ):
+            torch.testing.assert_close(ask(model, full), expected, rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(ask(model, batch), expected, atol=0.1)
+    with pytest.raises(ValueError, match=f"also gives the model {name}, and a store"):
+        check_stored_inputs(model, full)
+    check_stored_inputs(model, batch)
+
+
+IMAGES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def make_of_text_and_images(name: str, **text: Any) -> nn.Module:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"text_config": {**TINY, **text}, "vision_config": IMAGES, "image_token_index": 61}
+    if name == "gemma3":
+        settings |= {"mm_tokens_per_image": 4, "boi_token_index": 62, "eoi_token_index": 63}
+    if name == "paligemma":
+        settings["text_config"]["model_type"] = "gemma2"
+        settings["projection_dim"] = settings["vision_config"]["projection_dim"] = 32
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)  # Gemma's projection of images starts at 0
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_a_configuration_that_nests_its_text_part(name: str, batch: dict[str, torch.Tensor]) -> None:
+    """Its soft cap stands there, and counts where the model's own forward applies it; images are passed on."""
+    model = make_of_text_and_images(name, final_logit_softcapping=3.0).double()
+    assert not hasattr(model.config, "final_logit_softcapping")
+    ids = batch["input_ids"].clone()
+    ids[:, :4] = 61
+    pixels = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = {**batch, "input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == 61).long()}
+    dense = logps_and_gradients(model, batch)
+    frozen = frozen_per_token_logps(model, batch)
+    other = frozen_per_token_logps(model, {**batch, "pixel_values": -pixels})
+    assert install_fused_head(model)
+    columns = count_logits(model)
+    assert_same(logps_and_gradients(model, batch), dense)
+    assert columns == [batch["input_ids"].shape[1] - 1]
+    torch.testing.assert_close(frozen, dense[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(frozen, other, atol=1e-2)
+
+
+class Counter(nn.Module):
+    """A model of its own making: the logits of token v are v · (number of the token), on any device."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
+        logits = torch.ones(8, device=input_ids.device) * input_ids.unsqueeze(-1)
+        return type("Output", (), {"logits": logits})()
+
+
+def test_a_reference_answers_on_the_device_of_the_batch(batch: dict[str, torch.Tensor]) -> None:
+    """Row by row on a CPU only; `meta` stands for the accelerators that are not here."""
+    away = {name: tensor.to("meta") for name, tensor in batch.items()}
+    answer = frozen_per_token_logps(Counter(), away)
+    assert answer.device.type == "meta"
+    assert answer.shape == (4, 11)
+
+
+# --- models that are served by their logits --------------------------------------------------------------------------
+
+
+def dispatched(model: Any, folder: Path) -> Any:
+    from accelerate import dispatch_model
+
+    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def offloaded(model: Any, folder: Path) -> Any:
+    from accelerate import cpu_offload
+
+    return cpu_offload(model, execution_device="cpu")
+
+
+def offloaded_to_disk(model: Any, folder: Path) -> Any:
+    from accelerate import disk_offload
+
+    return disk_offload(model, str(folder), execution_device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+@pytest.mark.parametrize("place", [dispatched, offloaded, offloaded_to_disk])
+@pytest.mark.parametrize("at_first_call", [False, True])
+def test_hooks_of_accelerate(
+    place: Callable[..., Any],
+    at_first_call: bool,
+    batch: dict[str, torch.Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = make("llama")
+    model = place(make("llama"), tmp_path)
+    forward = model.forward
+    with caplog.at_level(logging.WARNING, "selective_pref_adapters"):
+        assert not install_fused_head(model, at_first_call=at_first_call)
+        with torch.no_grad():
+            torch.testing.assert_close(model_per_token_logps(model, batch), model_per_token_logps(plain, batch))
+        torch.testing.assert_close(frozen_per_token_logps(model, batch), frozen_per_token_logps(plain, batch))
+    assert caplog.text.count("served by its logits") == 1
+    assert "accelerate has put hooks on it" in caplog.text
+    assert model.forward is forward
+
+
+def test_hooks_on_the_head_alone(batch: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    """Before the fused head is installed or after it."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    expected = logps_and_gradients(make("llama"), batch)
+    for install_first in (False, True):
+        model = make("llama")
+        if install_first:
+            assert install_fused_head(model)
+        add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
+        if not install_first:
+            with caplog.at_level(logging.WARNING):
+                assert not install_fused_head(model)
+            assert "the forward of its output layer is not its class's own" in caplog.text
+        assert_same(logps_and_gradients(model, batch), expected)
+
+
+class Asserting(nn.Linear):
+    """Like layers with quantised weights that are not where they have to be."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert hidden.is_cuda
+        return super().forward(hidden)
+
+
+def test_a_layer_that_asserts_something_is_no_crash(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama")
+    model.model.layers[0].mlp.up_proj.__class__ = Asserting
+    with caplog.at_level(logging.WARNING):
+        assert not install_fused_head(model)
+    assert "its forward cannot be taken apart: AssertionError" in caplog.text
+    assert "forward" not in vars(model.lm_head)
+
+
+# --- engines and wrappers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_first_call", [False, True])
+def test_compiled(at_first_call: bool, batch: dict[str, torch.Tensor]) -> None:
+    """The body is compiled once, and the decision is not part of any graph."""
+    model = make("llama")
+    dense = logps_and_gradients(model, batch)
+    assert install_fused_head(model, at_first_call=at_first_call)
+    columns = count_logits(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        logps = model_per_token_logps(compiled, batch)
+        torch.testing.assert_close(logps.detach(), dense[0], rtol=1e-5, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert columns[-3:] == [batch["input_ids"].shape[1] - 1] * 3
+    assert graphs == 1
+    assert not at_first_call or len(columns) == 4  # the test run
+    torch._dynamo.reset()
 
 
 def test_autocast(batch: dict[str, torch.Tensor]) -> None:

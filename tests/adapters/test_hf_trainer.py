@@ -12,6 +12,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,6 @@ from transformers import (
 from selective_pref import NonFiniteError, dpo_loss, selective_dpo_loss, sft_loss, simpo_loss
 from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
-from selective_pref_adapters.hf_callback import wrong_signs
-from selective_pref_adapters.hf_loss import OnlineReference
 from selective_pref_adapters.hf_trainer import (
     PreferenceCollator,
     Schedule,
@@ -40,10 +39,10 @@ from selective_pref_adapters.hf_trainer import (
     SelectivePreferenceMixin,
     SelectivePreferenceTrainer,
 )
+from selective_pref_adapters.monitoring import wrong_signs
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import MissingRowsError, ReferenceStore
-from selective_pref_adapters.scoring import fill_store, reference_space
-from selective_pref_adapters.selection_picture import PictureRow, selection_picture
+from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
+from selective_pref_adapters.references import AdapterOffReference, RunningReference
 from tiny import make_model, text_rows, write_jsonl
 from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory, trl_trajectory
 
@@ -186,7 +185,7 @@ def test_the_loss_is_the_cores_on_the_same_log_probs(
             torch.testing.assert_close(value, out.loss / 3)
             assert value.requires_grad
     stored = PreferenceCollator(tokenizer, ref_store=store)(pairs[:6])["labels"]
-    assert torch.equal(from_bits(stored[REF_LOGPS]), ref_logps)
+    torch.testing.assert_close(from_bits(stored[REF_LOGPS]), ref_logps, rtol=1e-5, atol=1e-5)
     custom = SelectivePreferenceLoss(lambda *pair: dpo_loss(*pair, beta=0.3))
     torch.testing.assert_close(custom(logps, stored, 6), dpo_loss(*sides, beta=0.3).loss)
 
@@ -639,7 +638,9 @@ def test_an_adapter_switched_off_is_a_reference(build: Run, pairs: list[Tokenize
     fresh = lora(policy_folder)
     for mode in (True, False):
         fresh.train(mode)
-        OnlineReference(fresh)(PreferenceCollator(AutoTokenizer.from_pretrained(policy_folder))(pairs[:2])["labels"])
+        AdapterOffReference(fresh)(
+            PreferenceCollator(AutoTokenizer.from_pretrained(policy_folder))(pairs[:2])["labels"]
+        )
         assert fresh.training is mode
     build(model=fresh, loss=SelectivePreferenceLoss(ref_model=fresh), callback=callback, max_steps=1).train()
     assert callback.warnings[0]["kind"] == "self_reference"
@@ -658,6 +659,48 @@ def test_bf16(build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: Ref
         assert loss == pytest.approx(logged(exact)[0]["loss"], rel=2e-2)
         assert loss != float(torch.tensor(loss).bfloat16())
         assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_trains_the_same(build: Run, pairs: list[TokenizedPair], backend: str) -> None:
+    options = {"train": pairs[:4], "max_steps": 2}  # one batch, and so one shape
+    plain = build(**options)
+    torch._dynamo.reset()
+    compiled = build(**options, torch_compile=True, torch_compile_backend=backend)
+    for trainer in (plain, compiled):
+        trainer.train()
+    torch._dynamo.reset()
+    assert_alike(logged(compiled), logged(plain))
+
+
+class Spreading(PreferenceCollator):
+    """Reads every text with gaps between its positions; `told` says whether the reference is told."""
+
+    told = False
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        positions = 3 * torch.arange(batch["input_ids"].shape[1]).repeat(len(batch["input_ids"]), 1)
+        if self.told:
+            batch["labels"]["position_ids"] = positions
+        return {**batch, "position_ids": positions}
+
+
+def test_what_a_collator_gives_the_model_the_reference_reads_too(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path
+) -> None:
+    collator = Spreading(tokenizer)
+    with pytest.raises(ValueError, match=r"gives the model position_ids, and the reference does not see it: put it"):
+        build(collator=collator)
+    stored = Spreading(tokenizer, ref_store=store)
+    with pytest.raises(ValueError, match="gives the model position_ids, and a store holds log-probs of token ids"):
+        build(collator=stored, loss=SelectivePreferenceLoss())
+    collator.told = True
+    same = SelectivePreferenceLoss("dpo", ref_model=model_of(policy_folder))
+    trainer = build(collator=collator, loss=same, max_steps=1)
+    trainer.train()
+    assert logged(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference read the same
+    assert logged(trainer)[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -706,67 +749,221 @@ def partial_store(tokenizer: Any, pairs: Any, reference_folder: Path, tmp_path: 
     made.close()
 
 
-def test_what_cannot_train_is_refused_when_the_trainer_is_built(
-    build: Run, tokenizer: Any, pairs: Any, store: ReferenceStore, partial_store: ReferenceStore, policy_folder: Path
+@pytest.fixture
+def parts(
+    tokenizer: Any, pairs: Any, store: ReferenceStore, partial_store: ReferenceStore, policy_folder: Path
+) -> SimpleNamespace:
+    """What the table of refused trainers is made of."""
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        pairs=pairs,
+        policy_folder=policy_folder,
+        policy=model_of(policy_folder),
+        stored=PreferenceCollator(tokenizer, ref_store=store),
+        partly_stored=PreferenceCollator(tokenizer, ref_store=partial_store),
+    )
+
+
+def policy_and_reference(model: Any) -> dict[str, Any]:
+    return {"model": model, "loss": SelectivePreferenceLoss(ref_model=model)}
+
+
+def pair_of(chosen: list[int], rejected: list[int]) -> TokenizedPair:
+    return TokenizedPair(chosen_ids=chosen, rejected_ids=rejected, chosen_prompt_length=1, rejected_prompt_length=1)
+
+
+REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
+    "columns removed": (lambda it: {"remove_unused_columns": True}, "remove_unused_columns=True takes .* to False"),
+    "token labels smoothed": (
+        lambda it: {"label_smoothing_factor": 0.1},
+        r"set SelectivePreferenceLoss\(label_smoothing=",
+    ),
+    "another collator": (
+        lambda it: {"collator": DataCollatorWithPadding(it.tokenizer)},
+        r"PreferenceCollator\(tokenizer\); got DataCollatorWith",
+    ),
+    "another loss": (lambda it: {"loss": lambda *_: None}, "compute_loss_func=SelectivePreferenceLoss"),
+    "no reference": (
+        lambda it: {"loss": SelectivePreferenceLoss()},
+        r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(ref_st",
+    ),
+    "two references": (lambda it: {"collator": it.stored}, "both ref_store and ref_model are given"),
+    "training rows not stored": (
+        lambda it: {"loss": SelectivePreferenceLoss(), "collator": it.partly_stored},
+        "10 of 30 pairs.*selective-pref score",
+    ),
+    "evaluation rows not stored": (
+        lambda it: {
+            "loss": SelectivePreferenceLoss(),
+            "collator": it.partly_stored,
+            "train": it.pairs[:20],
+            "evaluation": it.pairs[18:24],
+        },
+        "4 of 6 pairs",
+    ),
+    "a store that is not read": (
+        lambda it: {"loss": SelectivePreferenceLoss("simpo"), "collator": it.stored},
+        "'simpo' reads no reference: leave ref_store out",
+    ),
+    "a scorer that is not read": (
+        lambda it: {"loss": SelectivePreferenceLoss("dpo", ref_model=it.policy, scoring_ref_model=it.policy)},
+        "'dpo' selects no tokens: leave scoring_ref_model out",
+    ),
+    "the policy as its reference": (
+        lambda it: policy_and_reference(it.policy),
+        "the reference is the policy itself",
+    ),
+    "a frozen adapter as its reference": (
+        lambda it: policy_and_reference(lora(it.policy_folder).requires_grad_(False)),
+        "the reference is the policy itself.*is_trainable=True",
+    ),
+    "a reference that could be trained": (
+        lambda it: {"loss": SelectivePreferenceLoss(ref_model=lora(it.policy_folder))},
+        "another PEFT model",
+    ),
+    "a frozen policy": (
+        lambda it: {"model": model_of(it.policy_folder).requires_grad_(False)},
+        r"no trainable parameter: call requires_grad_\(True\)",
+    ),
+    "a frozen adapter": (
+        lambda it: {"model": lora(it.policy_folder).requires_grad_(False)},
+        "no trainable parameter: .*is_trainable=True",
+    ),
+    "max_length beyond the context": (
+        lambda it: {"collator": PreferenceCollator(it.tokenizer, max_length=65)},
+        r"max_length 65 is longer than the policy can read \(64 tokens\)",
+    ),
+    "rows beyond the context": (
+        lambda it: {"train": [pair_of([5] * 65, [6, 7])]},
+        "train_dataset holds 65 tokens in one row, more than the policy can read",
+    ),
+    "ids beyond the vocabulary": (
+        lambda it: {"train": [pair_of([5, 99], [5, 7])]},
+        "train_dataset: token id 99 is outside the policy's vocabulary",
+    ),
+    "no rows": (lambda it: {"train": []}, "train_dataset is empty"),
+    "rows that are no pairs": (lambda it: {"train": [{"prompt": "w0"}]}, "train_dataset, row 0: no 'chosen'"),
+    "split batches": (lambda it: {"accelerator_config": {"split_batches": True}}, "tear pairs apart"),
+    "dispatched batches": (lambda it: {"accelerator_config": {"dispatch_batches": True}}, "tear pairs apart"),
+    "other label names": (lambda it: {"label_names": ["start_positions"]}, "set label_names="),
+    "metrics of predictions": (
+        lambda it: {"trainer_options": {"compute_metrics": lambda _: {}}},
+        "compute_metrics gets two rows per pair",
+    ),
+    "two callbacks": (lambda it: {"extra": [SelectionCallback()]}, "one SelectionCallback is enough"),
+    "a schedule to a wrong value": (
+        lambda it: {"callback": SelectionCallback(beta=Schedule(start=0.1, end=0.0, steps=3))},
+        "beta must be a finite number",
+    ),
+    "a schedule that is not read": (
+        lambda it: {
+            "loss": SelectivePreferenceLoss("dpo", ref_model=it.policy),
+            "callback": SelectionCallback(selection_ratio=Schedule(start=1, end=0.4)),
+        },
+        "'dpo' does not read selection_ratio: leave its schedule out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_train_is_refused_before_the_first_step(build: Run, parts: SimpleNamespace, case: str) -> None:
+    options, message = REFUSED[case]
+    expected = MissingRowsError if "not stored" in case else (ValueError, TypeError)
+    with pytest.raises(expected, match=message):
+        build(**options(parts))
+
+
+def test_attach_is_what_a_trainer_under_construction_does(build: Run, pairs: list[TokenizedPair]) -> None:
+    """`attach` adds the callback once, and the run is the one with the callback given to the Trainer."""
+    given = build(evaluation=pairs[30:])
+    attached = build(evaluation=pairs[30:])
+    attached.remove_callback(callback_of(attached))
+    callback = SelectionCallback()
+    callback.attach(attached)
+    callback.attach(attached)
+    assert callback_of(attached) is callback
+    for trainer in (given, attached):
+        trainer.train()
+    assert logged(attached) == logged(given)
+    with pytest.raises(ValueError, match="one SelectionCallback is enough"):
+        SelectionCallback().attach(attached)
+
+
+def test_a_reference_that_was_left_in_training_mode_has_no_dropout(tokenizer: Any, pairs: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "dropout", seed=5, attention_dropout=0.5)
+    labels = PreferenceCollator(tokenizer)(pairs[:4])["labels"]
+    expected = RunningReference(model_of(folder).eval())(labels)
+    loss = SelectivePreferenceLoss(ref_model=model_of(folder).train())
+    assert torch.equal(loss.references[REF_LOGPS](labels), expected)
+
+
+def test_trained_biases_move_a_policy_with_its_adapter_off(
+    tokenizer: Any, pairs: list[TokenizedPair], tmp_path: Path
 ) -> None:
-    policy = model_of(policy_folder)
-    own = SelectivePreferenceLoss()
-    longer = [TokenizedPair(chosen_ids=[5] * 65, rejected_ids=[6, 7], chosen_prompt_length=1, rejected_prompt_length=1)]
-    other = [TokenizedPair(chosen_ids=[5, 99], rejected_ids=[5, 7], chosen_prompt_length=1, rejected_prompt_length=1)]
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"remove_unused_columns": True}, "remove_unused_columns=True takes .* set it to False"),
-        ({"label_smoothing_factor": 0.1}, r"set SelectivePreferenceLoss\(label_smoothing="),
-        ({"collator": DataCollatorWithPadding(tokenizer)}, r"PreferenceCollator\(tokenizer\); got DataCollatorWith"),
-        ({"loss": own}, r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(ref_st"),
-        ({"collator": PreferenceCollator(tokenizer, ref_store=store)}, "both ref_store and ref_model are given"),
-        (
-            {"loss": own, "collator": PreferenceCollator(tokenizer, ref_store=partial_store)},
-            "10 of 30 pairs.*selective-pref score",
-        ),
-        (
-            {
-                "loss": own,
-                "collator": PreferenceCollator(tokenizer, ref_store=partial_store),
-                "train": pairs[:20],
-                "evaluation": pairs[18:24],
-            },
-            "4 of 6 pairs",
-        ),
-        (
-            {"loss": SelectivePreferenceLoss("simpo"), "collator": PreferenceCollator(tokenizer, ref_store=store)},
-            "'simpo' reads no reference: leave ref_store out",
-        ),
-        (
-            {"loss": SelectivePreferenceLoss("dpo", ref_model=policy, scoring_ref_model=policy)},
-            "'dpo' selects no tokens: leave scoring_ref_model out",
-        ),
-        ({"model": policy, "loss": SelectivePreferenceLoss(ref_model=policy)}, "the reference is the policy itself"),
-        ({"loss": SelectivePreferenceLoss(ref_model=lora(policy_folder))}, "another PEFT model"),
-        ({"train": longer}, "train_dataset holds 65 tokens in one row, more than the policy can read"),
-        ({"train": other}, "train_dataset holds token id 99, outside the policy's vocabulary"),
-        ({"train": []}, "train_dataset is empty"),
-        ({"train": [{"prompt": "w0"}]}, "train_dataset, row 0: no 'chosen'"),
-        ({"accelerator_config": {"split_batches": True}}, "tear pairs apart"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "tear pairs apart"),
-        ({"label_names": ["start_positions"]}, "set label_names="),
-        ({"trainer_options": {"compute_metrics": lambda _: {}}}, "compute_metrics gets two rows a pair"),
-        ({"extra": [SelectionCallback()]}, "one SelectionCallback is enough"),
-        ({"callback": SelectionCallback(beta=Schedule(start=0.1, end=0.0, steps=3))}, "beta must be a finite number"),
-        (
-            {
-                "loss": SelectivePreferenceLoss("dpo", ref_model=policy),
-                "callback": SelectionCallback(selection_ratio=Schedule(start=1, end=0.4)),
-            },
-            "'dpo' does not read selection_ratio: leave its schedule out",
-        ),
-    ]
-    for options, message in cases:
-        with pytest.raises((ValueError, TypeError), match=message):
-            build(**options)
-    with pytest.raises(MissingRowsError):
-        build(**cases[5][0])
-    with pytest.raises(TypeError, match="compute_loss_func=SelectivePreferenceLoss"):
-        build(loss=lambda *_: None)
+    """So such a policy cannot be its own reference; whole layers in `modules_to_save` are switched off with it."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = make_model(tmp_path / "biased", seed=1, attention_bias=True)
+    labels = PreferenceCollator(tokenizer)(pairs[:4])["labels"]
+
+    def moved(**options: Any) -> float:
+        """How far the log-probs with the adapter off have moved once all that is trainable has, in nats."""
+        lora_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        model = get_peft_model(model_of(folder), lora_config).eval()
+        with model.disable_adapter():
+            before = frozen_per_token_logps(model, labels)
+        for parameter in model.parameters():
+            parameter.data += 0.3 * parameter.requires_grad
+        with model.disable_adapter():
+            return float((frozen_per_token_logps(model, labels) - before).abs().max())
+
+    with pytest.warns(UserWarning, match="disabling adapter layers with bias"):
+        assert moved(bias="all") > 0.1
+    assert moved(modules_to_save=["norm", "lm_head"]) == 0.0
+    biased = get_peft_model(
+        model_of(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="all")
+    )
+    with pytest.raises(ValueError, match=r"q_proj.base_layer.bias, .* and 1 more would be trained"):
+        SelectivePreferenceLoss(ref_model=biased)
+    whole = get_peft_model(
+        model_of(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["norm"])
+    )
+    reference = SelectivePreferenceLoss(ref_model=whole).references[REF_LOGPS]
+    whole.get_base_model().model.embed_tokens.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight would be trained"):
+        reference.check()
+
+
+def experts(folder: Path, **options: Any) -> Any:
+    """A small mixture of experts, loaded from its folder as users load it."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, max_position_embeddings=64, **options)).save_pretrained(folder)
+    return model_of(folder)
+
+
+def test_a_trainer_does_not_load_the_experts_of_a_checkpoint_back(
+    build: Run, pairs: list[TokenizedPair], tmp_path: Path
+) -> None:
+    """So resuming and the best model are refused; a run without them trains."""
+    options = {"loss": SelectivePreferenceLoss("simpo"), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = build(model=experts(tmp_path / "experts"), **options)
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    lost = trainer.model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False).missing_keys
+    assert any("experts" in name for name in lost)
+    saved = model_of(checkpoint).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in trainer.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*MixtralForCausalLM \(its experts\)"):
+        build(model=experts(tmp_path / "experts"), **options).train(resume_from_checkpoint=str(checkpoint))
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "evaluation": pairs[30:]}
+    with pytest.raises(ValueError, match=r"load_best_model_at_end: .*from_pretrained"):
+        build(model=experts(tmp_path / "experts"), **best, **options)
+    with pytest.raises(ValueError, match="load-balancing loss"):
+        build(model=experts(tmp_path / "balanced", output_router_logits=True), **options)
 
 
 def test_options_of_the_objects_that_make_no_sense(
@@ -775,6 +972,7 @@ def test_options_of_the_objects_that_make_no_sense(
     for make, message in (
         (lambda: SelectivePreferenceLoss("kto"), "objective must be one of"),
         (lambda: SelectivePreferenceLoss(beta=0.0), "beta must be a finite number above 0"),
+        (lambda: SelectivePreferenceLoss(ratio=0.4), "a loss has no option ratio; it has beta, gamma,"),
         (lambda: SelectivePreferenceLoss(selection_ratio=40), "40 % is 0.4"),
         (lambda: SelectivePreferenceLoss("dpo", selection_ratio=0.4), "'dpo' does not read selection_ratio"),
         (lambda: SelectivePreferenceLoss(sft_loss, beta=0.1), "numbers bound already"),
@@ -816,28 +1014,15 @@ def test_pictures_of_fixed_pairs(build: Run, pairs: list[TokenizedPair], tmp_pat
     for name in ("eval_one_loss", "eval_two_loss"):
         assert logged(drawn, name) == logged(plain, name)
     files = sorted((tmp_path / "out" / "selection").iterdir())
-    assert [file.name for file in files] == ["step-000002.svg", "step-000004.svg"]
-    root = ElementTree.fromstring(files[0].read_text(encoding="utf-8"))
+    assert [file.name for file in files] == [
+        f"step-{n}.{kind}" for n in ("000002", "000004") for kind in ("json", "svg")
+    ]
+    root = ElementTree.fromstring(files[1].read_text(encoding="utf-8"))
     titles = [text.text for text in root.findall(".//{*}text") if text.get("class") == "title"]
     expected = [f"{pair.place}, {side}" for pair in pairs[30:32] for side in ("chosen", "rejected")]
     assert [title.split(": ")[0] for title in titles] == [title.replace(": ", ":") for title in expected]
     tokens = len(pairs[30].chosen_ids) - pairs[30].chosen_prompt_length
     assert titles[0].endswith(f"{math.ceil(0.4 * tokens)} of {tokens} tokens")
-
-
-def test_a_picture_shows_any_text() -> None:
-    row = PictureRow(
-        title="<a & b>",
-        tokens=["<s>", " \n", "\x00\x1b", "你好", '"', "x" * 150],
-        weights=[1.0, 0.5, 0.0, 1.0, 0.0, 0.0],
-        scores=[math.inf, 0.0, -1.0, 2.0, 0.0, 0.0],
-        is_chosen=False,
-    )
-    root = ElementTree.fromstring(selection_picture([row], title="t"))
-    shown = [text.text for text in root.findall(".//{*}text")]
-    assert shown == ["<a & b>: 2.5 of 6 tokens", "<s>", "\u00a0⏎", "··", "你好", '"', "x" * 150]
-    boxes = [float(rect.get("fill-opacity", 0)) for rect in root.findall(".//{*}rect")]
-    assert boxes[1:4] == [0.7, 0.35, 0.0]
 
 
 def test_the_script_of_the_page_trains_on_real_pairs(

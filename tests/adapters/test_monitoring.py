@@ -11,7 +11,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from selective_pref import Response, dpo_loss
-from selective_pref_adapters.monitoring import finite_everywhere, mean_over_pairs, non_finite_error, same_weights
+from selective_pref_adapters.models import same_weights
+from selective_pref_adapters.monitoring import (
+    MetricWindow,
+    evaluation_mean,
+    finite_everywhere,
+    mean_over_pairs,
+    non_finite_error,
+    verdict,
+)
 
 
 def one_pair(logp: float, ref: float = -1.0) -> tuple[Response, Response]:
@@ -28,6 +36,25 @@ def test_means_weigh_batches_by_their_pairs() -> None:
     assert mean_over_pairs([], []) == {}
 
 
+def test_a_window_weighs_batches_by_their_pairs_and_counts_what_was_left_out() -> None:
+    window = MetricWindow()
+    assert window.close().values == {}
+    window.add({"a": torch.tensor(1.0)}, pairs=1)
+    window.add({"a": torch.tensor(4.0)}, pairs=2, left_out=1)
+    window.add({"a": torch.tensor(math.nan)}, pairs=0, left_out=3)  # a batch of which nothing is left
+    means = window.means()
+    assert (means.values, means.pairs, means.left_out) == ({"a": 3.0}, 3, 4)
+    assert window.close() == means
+    window.add({"a": torch.tensor(5.0)}, pairs=1)
+    assert window.close().values == {"a": 5.0}
+
+
+def test_the_mean_of_an_evaluation_counts_some_pairs_only() -> None:
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    assert evaluation_mean(losses, torch.tensor([True, True, False])) == 1.5
+    assert evaluation_mean(losses, torch.tensor([False, False, False])) == 0.0
+
+
 def test_the_error_names_what_is_broken() -> None:
     broken = dpo_loss(*one_pair(math.nan), beta=0.1)
     assert not finite_everywhere(broken.losses)
@@ -37,6 +64,38 @@ def test_the_error_names_what_is_broken() -> None:
     assert "another process" in str(non_finite_error(dpo_loss(*one_pair(-1.0), beta=0.1), "step 3"))
     huge = dpo_loss(*one_pair(3e38), beta=1e30)
     assert "although every log-prob is" in str(non_finite_error(huge, "step 3"))
+
+
+def evaluations(*numbers: tuple[float, float]) -> list[dict[str, float | None]]:
+    return [{"eval_rewards/margins": margin, "eval_rewards/accuracies": accuracy} for margin, accuracy in numbers]
+
+
+def test_the_end_of_a_run_says_whether_full_margin_and_accuracy_rose_or_fell() -> None:
+    rose = verdict([{"loss": 1.0}, *evaluations((-0.1, 0.25), (0.5, 0.75))])
+    assert rose == [
+        "The full margin (eval_rewards/margins) rose from -0.1 to 0.5, the full accuracy (eval_rewards/accuracies) "
+        "rose from 0.25 to 0.75."
+    ]
+    fell = verdict(evaluations((0.5, 0.75), (-0.1, 0.25)))
+    assert "fell from 0.5 to -0.1" in fell[0]
+    assert fell[1].startswith("Warning: the full-sequence margin (eval_rewards/margins) is falling")
+    mixed = verdict(evaluations((0.5, 0.5), (0.25, 0.5)))  # a little lower at one of two evaluations may be noise
+    assert len(mixed) == 1
+    assert "accuracy (eval_rewards/accuracies) stayed at 0.5" in mixed[0]
+
+
+def test_the_end_of_a_run_knows_the_signs_of_the_callback() -> None:
+    low = verdict(evaluations(*[(step / 10, 0.4) for step in range(6)]))
+    assert "rose from 0 to 0.5" in low[0]
+    assert "has been below one half for long" in low[1]
+    training: list[dict[str, float | None]] = [
+        {"rewards/margins": -step / 10, "rewards/accuracies": 0.6} for step in range(20)
+    ]
+    falling = verdict(training)
+    assert "(rewards/margins) fell from 0 to -1.9" in falling[0]
+    assert "(rewards/margins) is falling" in falling[1]
+    assert verdict([]) == verdict(evaluations((0.5, 0.75))) == []
+    assert verdict([{"eval_rewards/margins": None, "eval_rewards/accuracies": None}] * 2) == []
 
 
 def test_same_weights() -> None:
@@ -51,6 +110,9 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     metrics = [{"a": torch.tensor(float(rank + 1))}]
     assert mean_over_pairs(metrics, [1 + 2 * rank]) == {"a": (1 * 1 + 2 * 3) / 4}
+    window = MetricWindow()
+    window.add({"a": torch.tensor(float(rank + 1))}, pairs=1 + 2 * rank, left_out=rank)
+    assert vars(window.close()) == {"values": {"a": (1 * 1 + 2 * 3) / 4}, "pairs": 4, "left_out": 1}
     assert not finite_everywhere(torch.tensor([math.nan if rank else 0.0]))
     assert finite_everywhere(torch.tensor([1.0]))
     dist.destroy_process_group()

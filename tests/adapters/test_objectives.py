@@ -7,9 +7,15 @@ import math
 import pytest
 import torch
 
-from selective_pref import alignment_scores, select, selective_dpo_loss
+from selective_pref import alignment_scores, diagnostics, select, selective_dpo_loss
 from selective_pref_adapters.batch import from_bits, responses, to_bits
-from selective_pref_adapters.objectives import Schedule, check_objective, loss_of_batch, make_objective
+from selective_pref_adapters.objectives import (
+    Schedule,
+    check_objective,
+    loss_of_batch,
+    make_objective,
+    without_rounding,
+)
 
 
 def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,3 +77,30 @@ def test_bits_survive_a_cast_of_floats() -> None:
     logps = torch.tensor([[-1.2345678, 0.0, -math.inf]])
     assert torch.equal(from_bits(to_bits(logps)), logps)
     assert not to_bits(logps).is_floating_point()
+
+
+def test_differences_of_rounding_are_ties() -> None:
+    """One part in 2^23 of the log-prob is rounding, 1e-3 nats are not; NaN and infinities are handed on."""
+    policy = torch.tensor([[-1.0, -10.0, -10.0, -2.0, -3.0, -4.0]], requires_grad=True)
+    ref = torch.tensor([[-1.0 + 1e-5, -10.0 - 1e-4, -10.0 - 1e-3, math.nan, -math.inf, -4.0]])
+    settled = without_rounding(ref, policy)
+    assert settled[0, :3].tolist() == [-1.0, -10.0, ref[0, 2].item()]
+    assert math.isnan(settled[0, 3])
+    assert settled[0, 4].item() == -math.inf
+    assert not settled.requires_grad
+    exact = without_rounding(ref.double(), policy.double())
+    assert exact[0, 0].item() == ref[0, 0].item()  # float64 knows better
+
+
+def test_rounding_selects_no_token() -> None:
+    """A reference that is the policy, computed in another batch: every token tied, no pair won, loss log 2."""
+    torch.manual_seed(0)
+    logps = -5 * torch.rand(4, 9)
+    rows = {"completion_mask": torch.ones(4, 10)}
+    noise = logps * (1 + 2e-6 * torch.randn(4, 9))
+    for refs in ((noise,), (noise, noise)):
+        out = loss_of_batch(make_objective("selective_dpo", beta=0.1, selection_ratio=0.4), rows, logps, *refs)
+        numbers = diagnostics(out)
+        assert numbers["selection/tied_fraction"].item() == 1
+        assert numbers["rewards/accuracies"].item() == 0
+        assert numbers["loss"].item() == pytest.approx(math.log(2), abs=1e-7)

@@ -226,6 +226,17 @@ def test_a_prompt_that_merges_with_the_completion_ends_where_the_ids_diverge(tok
     assert report.boundary_merged == 1
 
 
+def test_a_prompt_that_merges_on_one_side_ends_there_on_both(tokenizer) -> None:
+    """The earlier of the two places, so that both sides have one prompt: the other side repeats its last tokens."""
+    ids = tokenizer.convert_tokens_to_ids
+    sides = (("1 w2", ["w1", "w2", "</s>"]), (" w3", ["<unk>", "w3", "</s>"]))
+    for chosen, rejected in (sides, sides[::-1]):
+        (pair,), _ = tokenize_pairs([row("w0 w", chosen[0], rejected[0])], tokenizer, max_length=64)
+        assert (pair.chosen_prompt_length, pair.rejected_prompt_length) == (1, 1)
+        assert pair.chosen_ids[1:] == ids(chosen[1])
+        assert pair.rejected_ids[1:] == ids(rejected[1])
+
+
 def test_truncation_keeps_the_start_or_the_end(tokenizer) -> None:
     ids = tokenizer.convert_tokens_to_ids
     rows = [row("w0 w1 w2 ", "w3 w4 ", "w5 ")]
@@ -262,6 +273,9 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer) -> None:
     assert len(kept) == 4
     assert report.left_out == Counter({"no completion left after truncation": 2})
     assert kept[2].chosen_ids == kept[2].rejected_ids
+    assert report.kept - report.unteachable == len(pairs)
+    assert "3 of 4 kept pairs have an empty completion or two equal sides" in report.lines()[-1]
+    assert "selective-pref train on the other 1 alone" in report.lines()[-1]
 
 
 def test_options_and_tokenizers_that_do_not_work(tokenizer) -> None:

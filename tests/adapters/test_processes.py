@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from plain_loop import LEARNING_RATE, plain_torch_run, training_pairs
 from ranks import everything, one_hangs, run_ranks
 from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches, make_order, share_of
+from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.sampling import FILLER, evaluation_batches, make_order, share_of
-from selective_pref_adapters.train_config import TrainConfig
 from tiny import make_model, text_rows, write_jsonl
 
 Step = list[list[TokenizedPair]]

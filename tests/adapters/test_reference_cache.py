@@ -22,10 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from selective_pref_adapters import reference_cache, shards, spaces
 from selective_pref_adapters.batch import REF_LOGPS, from_bits, to_bits
 from selective_pref_adapters.pairs import TokenizedPair, collate
-from selective_pref_adapters.reference_cache import (
+from selective_pref_adapters.reference_store import (
     DamagedStoreError,
     MissingRowsError,
     ReferenceStore,
@@ -36,7 +35,10 @@ from selective_pref_adapters.reference_cache import (
     prune,
     row_key,
     rows_of_pairs,
+    shards,
+    spaces,
 )
+from selective_pref_adapters.reference_store import store as store_module
 from tiny import make_tokenizer
 
 VOCABULARY = {"<pad>": 0, "a": 1, "b": 2, "é": 3}
@@ -218,7 +220,7 @@ def test_an_open_store_finds_what_others_write_and_travels_to_workers(store: Ref
 
 
 def test_more_shards_than_open_files(store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_cache, "_OPEN_FILES", 3)
+    monkeypatch.setattr(store_module, "_OPEN_FILES", 3)
     pairs = make_pairs(10)
     write(store, pairs, shard_bytes=1)
     assert len(shard_files(store)) == len(keys(pairs))
@@ -263,19 +265,88 @@ def test_spaces_are_found_by_name_and_label(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is empty"):
         ReferenceStore.open(tmp_path)
     one = ReferenceStore.create(tmp_path, make_space("one", weights="1"))
+    write(one, make_pairs(1))
     assert ReferenceStore.open(str(tmp_path)).space.name == one.space.name
     two = ReferenceStore.create(tmp_path, make_space("two", weights="2"))
+    write(two, make_pairs(1))
     for name in (two.space.name, two.space.name[:9], "two"):
         assert ReferenceStore.open(tmp_path, name).space == Space(identity=two.space.identity, label="two")
     assert ReferenceStore.open(two.folder).space.label == "two"
-    for name, wanted in ((None, "Give the name of one as space"), ("three", "None of them alone fits 'three'")):
+    for name, wanted in (
+        (None, "Give the name of one as space (they differ in weights)"),
+        ("three", "None of them alone fits 'three'"),
+    ):
         with pytest.raises(StoreError) as caught:
             ReferenceStore.open(tmp_path, name)
         for part in (wanted, one.space.name, "(one)", two.space.name, "(two)"):
             assert part in str(caught.value)
 
 
+def test_a_space_is_made_with_its_first_row(tmp_path: Path) -> None:
+    """What is mistyped or interrupted before its first row leaves nothing that `open` would have to choose from."""
+    path = tmp_path / "new" / "store"
+    mistyped = ReferenceStore.create(path, make_space("mistyped", weights="1"))
+    with pytest.raises(KeyboardInterrupt), mistyped.writer():
+        raise KeyboardInterrupt
+    assert mistyped.missing_rows(rows_of_pairs(make_pairs(1)))
+    assert mistyped.stat().rows == 0
+    assert list(tmp_path.iterdir()) == []
+    good = ReferenceStore.create(path, make_space("good", weights="2"))
+    write(good, make_pairs(1))
+    assert [folder.name for folder in path.iterdir()] == [good.space.name]
+    assert stored(ReferenceStore.open(path), make_pairs(1)) == keys(make_pairs(1))
+    write(mistyped, make_pairs(2))
+    assert {folder.name for folder in path.iterdir()} == {good.space.name, mistyped.space.name}
+    assert ReferenceStore.open(path, "mistyped").vocabulary == VOCABULARY
+
+
+def test_spaces_without_rows_are_passed_over_and_removed(tmp_path: Path) -> None:
+    """As earlier versions and killed writers left them."""
+    good, old, young = (ReferenceStore.create(tmp_path, make_space(weights=name)) for name in ("1", "2", "3"))
+    write(good, make_pairs(1))
+    for empty in (old, young):
+        empty.write_identity()
+        (empty.folder / ".half.tmp").write_bytes(b"half")
+    os.utime(old.folder / ".half.tmp", (0, 0))
+    spaces.note_filling(old.folder, 64, "keep_end")
+    (tmp_path / ("0" * 32)).mkdir()
+    (tmp_path / ("0" * 32) / "mine.txt").write_text("keep me")
+    assert ReferenceStore.open(tmp_path).space.name == good.space.name
+    with pytest.raises(StoreError, match="None of them alone fits"):
+        ReferenceStore.open(tmp_path, old.space.name)
+    assert spaces.remove_empty_spaces(tmp_path, only=[good.space.name, young.space.name]) == []
+    assert spaces.remove_empty_spaces(tmp_path) == [old.space.name]
+    assert {f.name for f in tmp_path.iterdir()} == {good.space.name, young.space.name, "0" * 32}
+    assert stored(ReferenceStore.open(tmp_path), make_pairs(1)) == keys(make_pairs(1))
+
+
+def test_an_error_about_lacking_rows_names_the_lengths_in_force(store: ReferenceStore) -> None:
+    pairs = make_pairs(4)
+    write(store, pairs)
+    long = [6] * 20
+    cut = TokenizedPair(chosen_ids=long, rejected_ids=[7] * 20, chosen_prompt_length=2, rejected_prompt_length=2)
+    with pytest.raises(MissingRowsError) as caught:
+        store.check([*pairs, cut])
+    said = str(caught.value)
+    assert "1 of 5 pairs are not in the store" in said
+    assert "2 rows that were asked for have 20 tokens and none has more: is max_length 20?" in said
+    assert "The store was filled with" not in said
+    spaces.note_filling(store.folder, 4096, "keep_start")
+    spaces.note_filling(store.folder, 4096, "keep_start")
+    spaces.note_filling(store.folder, 64, "keep_end")
+    with pytest.raises(MissingRowsError) as caught:
+        ReferenceStore.open(store.folder).lookup(collate([cut], 0))
+    said = str(caught.value)
+    assert "The store was filled with max_length 4096 (keep_start) and max_length 64 (keep_end)." in said
+    assert "selective-pref score --ref-model MODEL --pairs PAIRS --store STORE --max-length N" in said
+    for damage in ("", "{", "[1]", '[{"max_length": "x"}]'):
+        (store.folder / spaces.FILLINGS).write_text(damage)
+        with pytest.raises(MissingRowsError, match=r"is max_length 20\? A row is found by"):
+            store.check([cut])
+
+
 def test_the_manifest_is_for_people(store: ReferenceStore) -> None:
+    write(store, make_pairs(1))
     manifest = json.loads((store.folder / "manifest.json").read_text())
     assert manifest == {"format": 1, "label": "teacher", "identity": store.space.identity}
     assert store.folder.name == store.space.name
@@ -287,6 +358,7 @@ def test_check_tokenizer_names_the_first_token_that_differs(tmp_path: Path) -> N
     teacher = make_tokenizer(words).get_vocab()
     identity = {"vocabulary": spaces.vocabulary_digest(teacher)}
     store = ReferenceStore.create(tmp_path, Space(identity=identity, vocabulary=teacher, label="big"))
+    write(store, make_pairs(1))
     for reader in (store, ReferenceStore.open(tmp_path)):
         reader.check_tokenizer(make_tokenizer(words))
         reader.check_tokenizer(make_tokenizer(words[:2]))  # the teacher's vocabulary is a superset
@@ -475,6 +547,7 @@ def test_a_space_of_another_version_is_said_to_be_one_and_left_alone(
     store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = make_pairs(2)
+    write(store, pairs[:1])
     with monkeypatch.context() as later:
         for module in (shards, spaces):
             later.setattr(module, "FORMAT", 2)
@@ -483,7 +556,7 @@ def test_a_space_of_another_version_is_said_to_be_one_and_left_alone(
     assert newer.folder != store.folder
     with pytest.raises(StoreError, match=r"is of format 2; this version of selective-pref reads 1"):
         ReferenceStore.open(store.folder.parent, newer.space.name)
-    assert ReferenceStore.open(store.folder.parent, "teacher").missing(pairs) == pairs
+    assert ReferenceStore.open(store.folder.parent, "teacher").missing(pairs) == pairs[1:]
 
 
 # --- disks and writers -----------------------------------------------------------------------------------------------
@@ -593,7 +666,7 @@ def test_writers_killed_at_random_moments_leave_whole_rows_only(store: Reference
     for _ in range(12):
         shuffled = [pick.sample(pairs, len(pairs)) for _ in range(2)]
         doomed, other = (
-            in_fork(lambda some=some: write(ReferenceStore.open(store.folder), some, shard_bytes=200))
+            in_fork(lambda some=some: write(ReferenceStore(store.folder, store.space), some, shard_bytes=200))
             for some in (shuffled[0], shuffled[1][:20])
         )
         time.sleep(pick.uniform(0.0, 0.05))
@@ -658,6 +731,23 @@ def test_prune_keeps_every_intact_row_once(store: ReferenceStore) -> None:
     assert only.rows == len(keys(pairs[:3]))
     assert only.removed_rows == len(keys(pairs + kept)) - only.rows
     assert stored(ReferenceStore.open(store.folder), pairs) == keys(pairs[:3])
+
+
+def test_prune_writes_what_is_kept_before_it_removes_anything(store: ReferenceStore) -> None:
+    """The new shard cannot be written (a limit on file sizes stands in for a full disk): every row is there still."""
+    pairs = make_pairs(60)
+    write(store, pairs, shard_bytes=100)
+    before = shard_files(store)
+    assert max(path.stat().st_size for path in before) < 2000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(StoreWriteError, match="What was stored before is intact"):
+            prune(ReferenceStore.open(store.folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert shard_files(store) == before
+    assert stored(ReferenceStore.open(store.folder), pairs) == keys(pairs)
 
 
 def test_stat_counts(store: ReferenceStore, caplog: pytest.LogCaptureFixture) -> None:

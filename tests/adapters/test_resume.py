@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import random
 import resource
@@ -16,14 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ranks import PATIENCE, run_cli, start, step_engine_of_the_loop, stop_at, train_all
-from selective_pref_adapters import checkpoints
-from selective_pref_adapters import deepspeed_loop as loop
 from selective_pref_adapters.cli import main
-from selective_pref_adapters.deepspeed_loop import TrainResult, train
-from selective_pref_adapters.train_config import TrainConfig
+from selective_pref_adapters.deepspeed_loop import TrainResult, checkpoints, loop, state, train
+from selective_pref_adapters.options import TrainConfig
 from tiny import make_model, text_rows, write_jsonl
 
 Configure = Callable[..., TrainConfig]
@@ -205,6 +204,91 @@ def test_a_run_that_changed_is_refused_with_the_difference_or_forced(
         train(configure("changed", resume=str(tmp_path)))
 
 
+def test_other_weights_in_the_references_folder_are_another_run(configure: Configure, tmp_path: Path) -> None:
+    """The names in the options are the same."""
+    reference = tmp_path / "reference"
+    make_model(reference, seed=2)
+    options = {"ref_model": str(reference), "scoring_ref_model": str(reference), "max_steps": 3}
+    stop_at(3)
+    train(configure("reweighed", **options))
+    loop.step_engine = step_engine_of_the_loop
+    make_model(reference, seed=3)
+    with pytest.raises(
+        ValueError, match=r"another run: reference_weights was '\w+', is now '\w+'; scoring_reference_w"
+    ):
+        train(configure("reweighed", **options))
+    make_model(reference, seed=2)
+    assert train(configure("reweighed", **options)).stopped_at is None
+
+
+def test_force_resume_takes_a_finished_run_further(configure: Configure) -> None:
+    short = train(configure("further", max_steps=4))
+    assert train(configure("further", max_steps=4)).summary == short.summary
+    with pytest.raises(ValueError, match="max_steps was 4, is now 6"):
+        train(configure("further", max_steps=6))
+    longer = train(configure("further", max_steps=6, force_resume=True))
+    assert longer.summary["steps"] == longer.metrics[-1]["step"] == 6
+    assert longer.metrics[: len(short.metrics)] == short.metrics
+    train(configure("no checkpoints", max_steps=2, save_steps=None))
+    with pytest.raises(ValueError, match="finished after 2 steps and kept no checkpoint, so it cannot go on to 3"):
+        train(configure("no checkpoints", max_steps=3, save_steps=None, force_resume=True))
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32")])
+def test_checkpoints_hold_tensors_and_plain_values_alone(configure: Configure, zero_stage: int, dtype: str) -> None:
+    """What DeepSpeed writes at these stages is read without running any code, and the run goes on bit by bit."""
+    options: dict[str, Any] = {"zero_stage": zero_stage, "dtype": dtype, "max_steps": 3, "save_steps": None}
+    whole = train(configure(f"whole {zero_stage}", **options))
+    stop_at(4)
+    assert train(configure(f"parts {zero_stage}", **options)).stopped_at == 2
+    loop.step_engine = step_engine_of_the_loop
+    parts = train(configure(f"parts {zero_stage}", **options))
+    assert parts.metrics == whole.metrics
+    one, other = (load_file(run.output_dir / "model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Intruder:
+    """Pickled, it runs a command where it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_loaded(configure: Configure, tmp_path: Path) -> None:
+    config = configure("intruded")
+    stop_at(3)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    newest = checkpoints.newest_complete(Path(config.output_dir) / "checkpoints")
+    assert newest is not None
+    file = next(newest.glob("engine/*"))
+    torch.save({"module": Intruder(tmp_path / "trace")}, file)
+    marker = json.loads((newest / checkpoints.MARKER).read_text())
+    marker["files"][str(file.relative_to(newest))] = file.stat().st_size
+    (newest / checkpoints.MARKER).write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match="holds more than tensors and plain values, and is not loaded"):
+        train(config)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_stop_after_a_batch_that_was_left_out_does_not_count_it_twice(configure: Configure, tmp_path: Path) -> None:
+    """Every pair is broken, so each step leaves its two batches out; SIGTERM comes between the two of step 2."""
+    broken = make_model(tmp_path / "broken", seed=2)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    options = {"ref_model": str(broken), "non_finite": "skip", "max_steps": 3, "save_steps": None, "eval_fraction": 0}
+    stop_at(3)
+    stopped = train(configure("left out", **options))
+    assert stopped.stopped_at == 1
+    loop.step_engine = step_engine_of_the_loop
+    assert train(configure("left out", **options)).summary["skipped_batches"] == 2 * 3
+
+
 def test_two_runs_do_not_write_to_one_folder(configure: Configure) -> None:
     """A launcher that was killed may have left its processes alive."""
     config = configure("shared")
@@ -220,9 +304,9 @@ def test_two_runs_do_not_write_to_one_folder(configure: Configure) -> None:
 
 
 def test_random_states_come_back() -> None:
-    states = loop.random_states()
+    states = state.random_states()
     drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
-    loop.restore_random_states(states)
+    state.restore_random_states(states)
     assert [random.random(), np.random.rand(), torch.rand(1).item()] == drawn
 
 

@@ -22,14 +22,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError
-from selective_pref_adapters import scoring
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, from_bits, to_bits
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 from selective_pref_adapters.objectives import loss_of_batch, make_objective
 from selective_pref_adapters.pairs import PreferenceRow, TokenizedPair, collate, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, rows_of_pairs
-from selective_pref_adapters.scoring import compare_rows, fill_store, local_scores, reference_space
+from selective_pref_adapters.reference_store import (
+    MissingRowsError,
+    ReferenceStore,
+    StoreError,
+    compare_rows,
+    fill_store,
+    identity,
+    reference_space,
+    rows_of_pairs,
+)
+from selective_pref_adapters.reference_store import fill as fill_module
+from selective_pref_adapters.reference_store.fill import local_scores
 from tiny import WORDS, make_model, make_tokenizer, text_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +119,8 @@ def test_a_sweep_reads_what_was_scored_once_and_equals_the_reference_online_bit_
             from_store = losses(setting, opened.lookup)
         if setting % 7 == 0:
             beside = losses(setting, lambda batch: frozen_per_token_logps(online, batch))
-            assert all(torch.equal(one, other) for one, other in zip(from_store, beside, strict=True))
+            for one, other in zip(from_store, beside, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert calls == []
     again = fill_store(ReferenceStore.open(tmp_path), pairs[::-1], teacher, pad_token_id=1, progress=False)
     assert (again.hits, again.scored, again.forward_passes, again.tokens) == (unique_rows(pairs), 0, 0, 0)
@@ -128,7 +138,7 @@ def test_values_are_those_of_the_models_own_logits(
     dense = copy.deepcopy(teacher).double().eval()
     for row, values in zip(rows_of_pairs(pairs), store.values_of(rows_of_pairs(pairs)), strict=True):
         with torch.no_grad():
-            logits = dense._dense_forward(input_ids=torch.from_numpy(row.ids).long()[None]).logits[0]
+            logits = dense(input_ids=torch.from_numpy(row.ids).long()[None]).logits[0]
         expected = [logits[t - 1].log_softmax(-1)[row.ids[t]].item() for t in range(1, len(row.ids)) if row.mask[t]]
         assert values.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -139,13 +149,13 @@ def test_batches_by_length_give_the_same_numbers(
     """As on a GPU: rows of like length side by side, no batch beyond its budget, every row once."""
     rows = list({row.key: row for row in rows_of_pairs(pairs)}.values())
     alone = {row.key: values for group in local_scores(rows, teacher, pad_token_id=0) for row, values in group}
-    groups = list(scoring._groups(sorted(rows, key=lambda row: -len(row.ids)), 48))
+    groups = list(fill_module._groups(sorted(rows, key=lambda row: -len(row.ids)), 48))
     assert [row for group in groups for row in group] == sorted(rows, key=lambda row: -len(row.ids))
     assert max(len(group) * max(len(row.ids) for row in group) for group in groups) <= 48
     assert len(groups) < len(rows) / 2
-    assert [len(group) for group in scoring._groups(rows[:3], 1)] == [1, 1, 1]
+    assert [len(group) for group in fill_module._groups(rows[:3], 1)] == [1, 1, 1]
     for group in groups:
-        batch = scoring._collate(group, 0, torch.device("cpu"))
+        batch = fill_module._collate(group, 0, torch.device("cpu"))
         with torch.no_grad():
             together = model_per_token_logps(teacher, batch)
         for row, line in zip(group, together, strict=True):
@@ -193,7 +203,7 @@ def test_two_references_one_scores_tokens_the_other_anchors(
     logps = model_per_token_logps(policy, batch)
     out = loss_of_batch(objective, batch, logps, *map(from_bits, carried.values()))
     online = [frozen_per_token_logps(model.eval(), batch) for model in (anchor, teacher)]
-    assert torch.equal(out.losses, loss_of_batch(objective, batch, logps, *online).losses)
+    torch.testing.assert_close(out.losses, loss_of_batch(objective, batch, logps, *online).losses, rtol=1e-5, atol=1e-6)
     assert not torch.equal(out.losses, loss_of_batch(objective, batch, logps, online[0]).losses)
 
 
@@ -214,7 +224,8 @@ def test_a_teacher_with_a_padded_vocabulary_and_more_tokens_works(
     store = ReferenceStore.create(tmp_path / "store", reference_space(big, AutoTokenizer.from_pretrained(folder)))
     store.check_tokenizer(tokenizer)
     assert fill_store(store, pairs, big, pad_token_id=0, progress=False).scored == unique_rows(pairs)
-    assert torch.equal(store.lookup(collate(pairs, 0)), frozen_per_token_logps(big.eval(), collate(pairs, 0)))
+    batch = collate(pairs, 0)
+    torch.testing.assert_close(store.lookup(batch), frozen_per_token_logps(big.eval(), batch), rtol=1e-5, atol=1e-5)
 
 
 # --- who a reference is ----------------------------------------------------------------------------------------------
@@ -255,9 +266,77 @@ def test_what_changes_the_numbers_changes_the_space_and_nothing_else_does(
         "attention": name(loaded(attn_implementation="eager")),
         "vocabulary": name(loaded(), make_tokenizer(["user", "assistant", *WORDS[1:], WORDS[0]])),
     }
-    monkeypatch.setattr(scoring, "SCORING_VERSION", 2)
+    monkeypatch.setattr(identity, "SCORING_VERSION", 2)
     others["scoring version"] = name(loaded())
     assert len({base, *others.values()}) == 1 + len(others), others
+
+
+def test_a_pad_token_that_a_tokenizer_was_given_is_no_other_reference(
+    tmp_path: Path, reference_folder: Path, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    """Trainers set the special tokens of a model to those of its tokenizer; no log-prob of a row depends on them."""
+    from peft import LoraConfig, get_peft_model
+
+    def loaded(folder: Path = reference_folder) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    base = loaded()
+    space = reference_space(base, tokenizer)
+    fill_store(ReferenceStore.create(tmp_path / "store", space), pairs, base, pad_token_id=0, progress=False)
+
+    given = loaded()
+    given.config.pad_token_id, given.config.eos_token_id, given.config.bos_token_id = 3, [2, 3], None
+    given.save_pretrained(tmp_path / "saved")
+    under_lora = get_peft_model(loaded(tmp_path / "saved"), LoraConfig(r=2, target_modules=["q_proj"]))
+    padding = copy.deepcopy(tokenizer)
+    padding.add_special_tokens({"pad_token": "[PAD]"})
+    assert len(padding) == len(tokenizer) + 1
+    with under_lora.disable_adapter():
+        for model, its in ((given, tokenizer), (loaded(tmp_path / "saved"), padding), (under_lora, padding)):
+            store = ReferenceStore.create(tmp_path / "store", reference_space(model, its))
+            assert fill_store(store, pairs, model, pad_token_id=3, progress=False).scored == 0
+            store.check_tokenizer(its)
+    padding.eos_token = "[PAD]"  # stands in rows
+    assert reference_space(base, padding).name != space.name
+    assert ReferenceStore.open(tmp_path / "store").space.identity == space.identity
+
+
+def test_nested_configurations_and_first_positions_of_a_model() -> None:
+    """A text part's special tokens decide nothing either, but RoBERTa counts positions from its pad token's id."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    nested = {"text_config": {"pad_token_id": 1, "hidden_size": 8, "_name_or_path": "x"}, "vision": {"dtype": "a"}}
+    assert identity._deciding(nested) == {"text_config": {"hidden_size": 8}, "vision": {}}
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaConfig(**sizes, intermediate_size=8, max_position_embeddings=16, is_decoder=True, pad_token_id=1)
+    models = []
+    for pad in (1, 2):
+        torch.manual_seed(0)
+        roberta.pad_token_id = pad
+        models.append(RobertaForCausalLM(roberta))
+        with torch.no_grad():  # the row of the padding is made 0, which would tell them apart by their weights
+            for parameter in models[-1].parameters():
+                parameter.fill_(0.5)
+    one, two = map(identity.model_identity, models)
+    assert one["weights"] == two["weights"]
+    assert one["config"] != two["config"]
+
+
+def test_every_byte_of_a_large_tensor_is_in_the_identity() -> None:
+    """A weight is read from its device in pieces of 64 MiB: what stands behind the first counts as well."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2**18 + 2**17, tie_word_embeddings=True, **sizes))
+    weight = model.get_input_embeddings().weight
+    assert weight.numel() * weight.element_size() > 64 << 20
+    weights = set()
+    for row in (0, len(weight) - 1):
+        weights.add(identity.model_identity(model)["weights"])
+        with torch.no_grad():
+            weight[row, 0] += 1.0
+    weights.add(identity.model_identity(model)["weights"])
+    assert len(weights) == 3
 
 
 def test_adapters_count_where_they_are_on_and_do_not_where_they_are_off(
@@ -279,7 +358,10 @@ def test_adapters_count_where_they_are_on_and_do_not_where_they_are_off(
         assert name(model) == name(loaded())  # so the bare base model's rows are found
         store = ReferenceStore.create(tmp_path, reference_space(model, tokenizer))
         fill_store(store, pairs, model, pad_token_id=0, progress=False)
-    assert torch.equal(store.lookup(collate(pairs, 0)), frozen_per_token_logps(loaded().eval(), collate(pairs, 0)))
+    batch = collate(pairs, 0)
+    torch.testing.assert_close(
+        store.lookup(batch), frozen_per_token_logps(loaded().eval(), batch), rtol=1e-5, atol=1e-5
+    )
     with pytest.raises(StoreError, match=r"belongs to another reference. Different: adapter \(none, not"):
         fill_store(store, [made_up_pair()], model, pad_token_id=0, progress=False)
 
@@ -432,6 +514,53 @@ def test_the_command_scores_once_verifies_counts_and_tidies_up(
     assert "more.jsonl:41, rejected: more than 0.001" in capsys.readouterr().err
 
 
+def test_rows_that_are_cut_at_other_lengths_are_said_to_be(
+    tmp_path: Path, reference_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`score` keeps what the reference can read (64 tokens), a trainer cut at 12: the error and --stat name both."""
+    store = tmp_path / "store"
+    assert main(command(reference_folder, pairs_file, store)) == 0
+    with pytest.raises(MissingRowsError) as caught:
+        ReferenceStore.open(store).check(tokenized(reference_folder, pairs_file, 12))
+    for said in (
+        "rows that were asked for have 12 tokens and none has more: is max_length 12?",
+        "The store was filled with max_length 64 (keep_start).",
+        "--max-length N --truncation-mode MODE, as in training",
+    ):
+        assert said in str(caught.value)
+    capsys.readouterr()
+    assert main(command(reference_folder, pairs_file, store, "--stat", "--max-length", "12")) == 0
+    shown = capsys.readouterr().out
+    assert "These pairs were cut at max_length 12 (keep_start)." in shown
+    assert "The store was filled with max_length 64 (keep_start)." in shown
+    assert main(command(reference_folder, pairs_file, store, "--stat")) == 0
+    assert "cut at" not in capsys.readouterr().out
+
+
+def test_the_command_removes_references_without_rows(
+    tmp_path: Path, reference_folder: Path, tokenizer: Any, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    assert main(command(reference_folder, pairs_file, store)) == 0
+    bare = AutoModelForCausalLM.from_pretrained(reference_folder, dtype=torch.bfloat16)
+    empty = ReferenceStore.create(store, reference_space(bare, tokenizer, label="interrupted"))
+    empty.write_identity()  # as earlier versions did before the first row
+    opened = ReferenceStore.open(store)
+    assert main(["score", "--store", str(store), "--stat"]) == 0
+    assert f"1 without rows, left out: {empty.folder.name[:8]}. --prune removes them" in capsys.readouterr().out
+    assert main(["score", "--store", str(store), "--prune", "--space", opened.space.name]) == 0
+    assert empty.folder.exists()
+    assert main(["score", "--store", str(store), "--prune"]) == 0
+    assert f"{empty.folder.name[:8]}: removed, it held no rows" in capsys.readouterr().out
+    assert [folder.name for folder in store.iterdir()] == [opened.space.name]
+    others = write_jsonl(tmp_path / "others.jsonl", [{"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}])
+    assert main(command(reference_folder, others, store, "--prune")) == 0
+    shown = capsys.readouterr().out
+    assert "0 rows kept, 80 removed" in shown
+    assert f"{opened.space.name[:8]}: removed, it held no rows" in shown
+    assert list(store.iterdir()) == []
+
+
 def tokenized(model: Path, file: Path, max_length: int) -> list[TokenizedPair]:
     from selective_pref_adapters.pairs import read_rows
 
@@ -461,6 +590,7 @@ def test_words_that_make_no_sense(
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
+    assert not store.exists()
     with pytest.raises(SystemExit) as end:
         main(["score", "--help"])
     assert end.value.code == 0
@@ -535,15 +665,16 @@ def test_two_processes_share_the_work(tmp_path: Path, reference_folder: Path, pa
     pairs = tokenized(reference_folder, pairs_file, 64)
     model = AutoModelForCausalLM.from_pretrained(reference_folder).eval()
     install_fused_head(model)
-    assert torch.equal(store.lookup(collate(pairs, 0)), frozen_per_token_logps(model, collate(pairs, 0)))
+    batch = collate(pairs, 0)
+    torch.testing.assert_close(store.lookup(batch), frozen_per_token_logps(model, batch), rtol=1e-5, atol=1e-5)
 
 
 TWO_PROCESSES = """
 import json, os, sys
-from selective_pref_adapters.score_command import score
-from selective_pref_adapters.score_config import ScoreConfig
-from selective_pref_adapters.scoring import fill_rows
-from selective_pref_adapters.reference_cache import ReferenceStore, rows_of_pairs
+from selective_pref_adapters.reference_store.command import score
+from selective_pref_adapters.options import ScoreConfig
+from selective_pref_adapters.reference_store import fill_rows
+from selective_pref_adapters.reference_store import ReferenceStore, rows_of_pairs
 from selective_pref_adapters.pairs import TokenizedPair
 
 model, pairs, folder, report = sys.argv[1:]

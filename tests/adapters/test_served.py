@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +21,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selective_pref import NonFiniteError
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import PreferenceRow, TokenizedPair, collate, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_cache import ReferenceStore, StoreError, rows_of_pairs
-from selective_pref_adapters.scoring import fill_store, reference_space
-from selective_pref_adapters.served import Protocol, Server, ServerError, fill_from_server, served_space
-from tiny import text_rows
+from selective_pref_adapters.reference_store import (
+    ReferenceStore,
+    StoreError,
+    compare_rows,
+    fill_store,
+    reference_space,
+    rows_of_pairs,
+)
+from selective_pref_adapters.reference_store.served import (
+    Protocol,
+    Server,
+    ServerError,
+    fill_from_server,
+    served_scorer,
+    served_space,
+)
+from tiny import WORDS, make_tokenizer, text_rows
 
 Fault = Callable[["ModelServer", dict[str, Any], dict[str, Any]], Any]
 
@@ -28,16 +45,21 @@ Fault = Callable[["ModelServer", dict[str, Any], dict[str, Any]], Any]
 class ModelServer:
     """Serves a model under /v1/completions, with `echo` and with `prompt_logprobs`; `fault` may spoil an answer.
 
-    A fault gets the request and the whole answer, and returns what to send instead: an object, bytes, or (status,
-    text). It may sleep. Token ids are named as ids, as text or not at all, as `tokens` says.
+    A fault gets the request and the whole answer, and returns what to send instead: an object, bytes, (status, text),
+    or None to hang up. It may sleep. Tokens are named as ids, as text or not at all, as `tokens` says. Prompts may be
+    texts; `front` is put in front of every prompt. /v1/models answers with `models`, a status or a list.
     """
 
-    def __init__(self, folder: Path, tokens: str = "ids", context: int = 10**6) -> None:
+    def __init__(self, folder: Path, tokens: str = "text", context: int = 10**6) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokens = tokens
         self.context = context
         self.fault: Fault | None = None
+        self.front: list[int] = []
+        self.returns_ids = False
+        self.generates = True
+        self.models: Any = 404
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
@@ -50,6 +72,9 @@ class ModelServer:
 
             def do_POST(self) -> None:
                 outer.answer(self)
+
+            def do_GET(self) -> None:
+                outer.list_models(self)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -71,7 +96,7 @@ class ModelServer:
             status, sent = 200, self.whole_answer(body)
             if request.path != "/v1/completions":
                 status, sent = 404, "no such path"
-            elif any(len(ids) + 1 > self.context for ids in body["prompt"]):
+            elif any(len(ids) + 1 > self.context for ids in self.ids_of(body["prompt"])):
                 status, sent = 400, f"maximum context length is {self.context} tokens"
             elif self.fault is not None:
                 spoiled = self.fault(self, body, sent)
@@ -79,6 +104,19 @@ class ModelServer:
         finally:
             with self._lock:
                 self._at_once -= 1
+        self.reply(request, status, sent)
+
+    def list_models(self, request: BaseHTTPRequestHandler) -> None:
+        with self._lock:
+            self.headers.append(dict(request.headers))
+        if isinstance(self.models, int):
+            return self.reply(request, self.models, "no models")
+        return self.reply(request, 200, {"object": "list", "data": self.models})
+
+    def reply(self, request: BaseHTTPRequestHandler, status: int, sent: Any) -> None:
+        if sent is None:
+            request.close_connection = True
+            return
         data = sent if isinstance(sent, bytes) else (sent if isinstance(sent, str) else json.dumps(sent)).encode()
         try:
             request.send_response(status)
@@ -88,11 +126,21 @@ class ModelServer:
         except (BrokenPipeError, ConnectionResetError):
             pass  # who asked has hung up
 
+    def ids_of(self, prompt: Any) -> list[list[int]]:
+        """The rows of a prompt: one of text or several of ids, behind what the server puts in front."""
+        rows = [self.tokenizer(prompt)["input_ids"]] if isinstance(prompt, str) else prompt
+        return [[*self.front, *ids] for ids in rows]
+
+    def scored(self) -> list[dict[str, Any]]:
+        """The requests that were not made to try the server."""
+        return [body for body in self.bodies if len(body["prompt"]) > 1 and not isinstance(body["prompt"], str)]
+
     def whole_answer(self, body: dict[str, Any]) -> dict[str, Any]:
         assert body["max_tokens"] == 1
         assert body["temperature"] == 0
+        assert "return_tokens_as_token_ids" not in body  # would hide another tokenizer
         choices = []
-        for number, ids in enumerate(body["prompt"]):
+        for number, ids in enumerate(self.ids_of(body["prompt"])):
             with self._lock, torch.no_grad():
                 logps = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             per_token = [None, *(logps[t - 1, ids[t]].item() for t in range(1, len(ids)))]
@@ -104,20 +152,26 @@ class ModelServer:
                     "text": lambda i: self.tokenizer.decode([i]),
                     "pieces": self.tokenizer.convert_ids_to_tokens,
                 }.get(self.tokens)
-                choice["logprobs"] = {"token_logprobs": [*per_token, logps[-1, best].item()]}
+                more = [best] if self.generates else []
+                choice["logprobs"] = {"token_logprobs": [*per_token, *(logps[-1, i].item() for i in more)]}
                 if named is not None:
-                    choice["logprobs"]["tokens"] = [named(i) for i in [*ids, best]]
+                    choice["logprobs"]["tokens"] = [named(i) for i in [*ids, *more]]
+            if self.returns_ids:
+                choice["prompt_token_ids"] = ids
             if body.get("prompt_logprobs") is not None:
                 choice["prompt_logprobs"] = [
                     None
                     if logp is None
-                    else {str(i): {"logprob": logp, "rank": 1, "decoded_token": "x"}, "3": {"logprob": -0.1}}
-                    if str(i) != "3"
-                    else {"3": {"logprob": logp}}
+                    else {**({"3": {"logprob": -0.1}} if i != 3 else {}), str(i): self.entry(i, logp)}
                     for i, logp in zip(ids, per_token, strict=True)
                 ]
             choices.append(choice)
         return {"object": "text_completion", "model": body["model"], "choices": choices}
+
+    def entry(self, token_id: int, logp: float) -> dict[str, Any]:
+        """What vLLM says of a token."""
+        said = {"logprob": logp, "rank": 1}
+        return {**said, "decoded_token": self.tokenizer.decode([token_id])} if self.tokens == "text" else said
 
     def close(self) -> None:
         self.http.shutdown()
@@ -159,9 +213,8 @@ def make_store(tmp_path: Path, tokenizer: Any, revision: str = "1") -> Reference
 
 
 def settings(server: ModelServer, **options: Any) -> Server:
-    return Server(
-        **{"url": server.url, "model": "big", "pause": 0.01, "timeout": 20.0, "rows_per_request": 4, **options}
-    )
+    usual = {"url": server.url, "model": "big", "pause": 0.01, "attempts": 5, "timeout": 20.0, "rows_per_request": 4}
+    return Server(**{**usual, **options})
 
 
 def same(store: ReferenceStore, pairs: list[TokenizedPair], expected: torch.Tensor) -> bool:
@@ -188,12 +241,16 @@ def test_a_served_model_gives_the_numbers_of_the_local_one(
     server = settings(served, protocol=protocol, headers={"Authorization": "Bearer secret"})
     report = fill_from_server(store, pairs, server, tokenizer, progress=False)
     assert (report.rows, report.scored, report.hits) == (rows_in(pairs), rows_in(pairs), 0)
-    assert report.forward_passes == len(served.bodies) == -(-rows_in(pairs) // 4)
-    assert max(len(body["prompt"]) for body in served.bodies) == 4
+    assert report.forward_passes == -(-rows_in(pairs) // 4)
+    named = tokens == "text" or (tokens == "pieces" and protocol == "completions")
+    tries = 1 if named else {"completions": 5, "prompt_logprobs": 4}[protocol]
+    assert len(served.bodies) == report.forward_passes + tries
+    assert max(len(body["prompt"]) for body in served.bodies if isinstance(body["prompt"], list)) == 4
     assert served.headers[0]["Authorization"] == "Bearer secret"
     assert same(ReferenceStore.open(tmp_path / "store"), pairs, expected)
+    asked = len(served.bodies)
     again = fill_from_server(store, pairs, server, tokenizer, progress=False)
-    assert (again.scored, again.hits, len(served.bodies)) == (0, rows_in(pairs), report.forward_passes)
+    assert (again.scored, again.hits, len(served.bodies)) == (0, rows_in(pairs), asked)
 
 
 def test_no_more_requests_at_once_than_allowed(
@@ -207,6 +264,17 @@ def test_no_more_requests_at_once_than_allowed(
     server = settings(served, rows_per_request=1, concurrency=3)
     fill_from_server(make_store(tmp_path, tokenizer), pairs, server, tokenizer, progress=False)
     assert served.most_at_once == 3
+
+
+def then(good: int, fault: Fault) -> Fault:
+    """Spoils all answers but the first; the very first is to the request that tries the server."""
+    seen = [0]
+
+    def later(server: ModelServer, body: Any, answer: Any) -> Any:
+        seen[0] += 1
+        return answer if seen[0] <= good else fault(server, body, answer)
+
+    return later
 
 
 def first(times: int, fault: Fault) -> Fault:
@@ -227,6 +295,7 @@ def too_slow(_: ModelServer, __: Any, answer: Any) -> Any:
 
 PASSING: dict[str, Fault] = {
     "slow": too_slow,
+    "hung up": lambda *_: None,
     "error 500": lambda *_: (500, "out of memory"),
     "overload": lambda *_: (429, "slow down"),
     "unavailable": lambda *_: (503, "starting"),
@@ -243,7 +312,7 @@ PASSING: dict[str, Fault] = {
 def test_faults_that_pass_are_asked_again_in_halves(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor, name: str
 ) -> None:
-    served.fault = first(4 if name != "slow" else 1, PASSING[name])
+    served.fault = then(1, first(4 if name != "slow" else 1, PASSING[name]))
     if name in ("a choice too few", "a choice twice"):
         served.fault = lambda s, body, answer: PASSING[name](s, body, answer) if len(body["prompt"]) > 1 else answer
     store = make_store(tmp_path, tokenizer)
@@ -362,7 +431,20 @@ LASTING: dict[str, tuple[Protocol, type[Exception], Fault, str]] = {
         echoed(without_numbers),
         "has no log-prob in",
     ),
-    "forbidden": ("completions", ServerError, lambda *_: (401, "wrong key"), "refuses .* with status 401: wrong key"),
+    "forbidden": (
+        "completions",
+        ServerError,
+        lambda *_: (401, "wrong key"),
+        r"refuses every request with status 401: wrong key\. No row is to blame: is the key right",
+    ),
+    "not for this key": ("completions", ServerError, lambda *_: (403, "no"), "may this key use this model"),
+    "gone": (
+        "completions",
+        ServerError,
+        lambda *_: (404, "The model `big` does not exist."),
+        r"status 404: The model .* does the address end in /v1, and is a model served as 'big'",
+    ),
+    "moved": ("completions", ServerError, lambda *_: (307, ""), "refuses every request with status 307"),
     "always down": (
         "completions",
         ServerError,
@@ -372,6 +454,9 @@ LASTING: dict[str, tuple[Protocol, type[Exception], Fault, str]] = {
 }
 
 
+OF_THE_REQUEST = ("forbidden", "not for this key", "gone", "moved")
+
+
 @pytest.mark.parametrize("name", LASTING)
 def test_wrong_answers_are_errors_and_store_nothing_of_theirs(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor, name: str
@@ -379,16 +464,10 @@ def test_wrong_answers_are_errors_and_store_nothing_of_theirs(
     protocol, kind, fault, message = LASTING[name]
     store = make_store(tmp_path, tokenizer)
     server = settings(served, protocol=protocol, concurrency=1, attempts=2)
-    good = [0]
-
-    def after_two(server: ModelServer, body: Any, answer: Any) -> Any:
-        good[0] += 1
-        return answer if good[0] <= 2 else fault(server, body, answer)
-
-    served.fault = after_two
+    served.fault = then(3, fault)
     with pytest.raises(kind, match=message) as caught:
         fill_from_server(store, pairs, server, tokenizer, progress=False)
-    assert "pairs.jsonl:" in str(caught.value)
+    assert ("pairs.jsonl:" in str(caught.value)) is (name not in OF_THE_REQUEST)
     reader = ReferenceStore.open(tmp_path / "store")
     assert reader.stat().rows == 8  # of the two good answers
     served.fault = None
@@ -412,8 +491,276 @@ def test_a_row_that_the_server_refuses_is_found_among_the_others(
 def test_nobody_listens(tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], reference_folder: Path) -> None:
     gone = ModelServer(reference_folder)
     gone.close()
-    with pytest.raises(ServerError, match=r"at last with ConnectError.*run the same command again"):
-        fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(gone, attempts=2), tokenizer, progress=False)
+    with pytest.raises(ServerError, match=r"asked 3 times, at last with ConnectError.*run the same command again"):
+        fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(gone), tokenizer, progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+# --- before the first row --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer() -> Any:
+    """As many words, other ids."""
+    return make_tokenizer(["user", "assistant", *WORDS[5:], *WORDS[:5]])
+
+
+@pytest.mark.parametrize("tokens", ["ids", "text", "pieces", "none"])
+@pytest.mark.parametrize("protocol", ["completions", "prompt_logprobs"])
+@pytest.mark.parametrize("returns_ids", [True, False])
+def test_another_tokenizer_is_an_error_before_anything_is_stored(
+    served: ModelServer, tmp_path: Path, other_tokenizer: Any, protocol: Protocol, tokens: str, returns_ids: bool
+) -> None:
+    """The server echoes the ids that it was sent, so only its texts tell, or what it makes of a text."""
+    served.tokens, served.returns_ids = tokens, returns_ids
+    rows = [PreferenceRow(**row, place=f"pairs.jsonl:{n}") for n, row in enumerate(text_rows(12), start=1)]
+    pairs, _ = tokenize_pairs(rows, other_tokenizer, max_length=64)
+    server = settings(served, protocol=protocol)
+    with pytest.raises(ServerError, match="give the tokenizer of the served model") as caught:
+        fill_from_server(make_store(tmp_path, other_tokenizer), pairs, server, other_tokenizer, progress=False)
+    named = tokens in ("text", "pieces") and (tokens == "text" or protocol == "completions")
+    assert ("was sent as id" if named else "makes other tokens") in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def left_out(_: ModelServer, __: Any, answer: Any) -> Any:
+    """The server leaves out the first token, and the one that it generates takes its place in the count."""
+    for choice in answer["choices"]:
+        logps = choice["logprobs"]["token_logprobs"]
+        logps.pop(0)
+        logps[0] = None
+    return answer
+
+
+@pytest.mark.parametrize("case", ["in front", "in front, named", "in front, generated, too", "left out"])
+def test_a_server_that_adds_or_leaves_out_a_token_is_an_error_before_anything_is_stored(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], case: str
+) -> None:
+    served.tokens = "text" if case == "in front, named" else "none"
+    if case == "left out":
+        served.fault = left_out
+    else:
+        served.front = [1]
+        served.generates = case == "in front, generated, too"
+    message = {
+        "in front": "Does it put a token of its own in front",
+        "in front, named": r"token 0 was sent as id \d+ .* the server scores '<s>' there",
+        "in front, generated, too": r"24 tokens were sent, 26 log-probs|\d+ tokens were sent, \d+ log-probs came back",
+        "left out": "returns log-probs that are not those of the tokens that were sent",
+    }[case]
+    with pytest.raises(ServerError, match=message):
+        fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(served), tokenizer, progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_server_whose_tokenizer_cannot_be_known(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    served.tokens = "none"
+    served.fault = lambda _, body, answer: (400, "no text") if isinstance(body["prompt"], str) else answer
+    with pytest.raises(ServerError, match="nobody can tell whether its tokenizer is the one given"):
+        fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(served), tokenizer, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(422, "extra fields not permitted: echo"), (400, "prompt must be a string"), (401, "key"), (404, "path")],
+)
+def test_what_a_server_refuses_from_the_start_is_one_error_and_one_request(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], status: int, said: str
+) -> None:
+    served.fault = lambda *_: (status, said)
+    with pytest.raises(ServerError, match=f"status {status}: {said}") as caught:
+        fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(served), tokenizer, progress=False)
+    assert len(served.bodies) == 1
+    assert ("What is needed: POST /completions with token ids" in str(caught.value)) is (status in (400, 422))
+    assert "pairs.jsonl" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_server_that_takes_texts_only_and_calls_everything_else_an_error_of_its_own(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    served.fault = lambda _, body, answer: answer if isinstance(body["prompt"], str) else (500, "not a valid string")
+    with pytest.raises(ServerError, match=r"a text, but not a short row of token ids \(status 500: not a valid"):
+        fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(served), tokenizer, progress=False)
+    assert len(served.bodies) == 3
+
+
+def test_a_server_that_is_starting_is_waited_for(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor
+) -> None:
+    served.fault = first(6, lambda *_: (500, "loading"))
+    store = make_store(tmp_path, tokenizer)
+    fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
+    assert same(store, pairs, expected)
+    served.fault = lambda *_: (503, "loading")
+    with pytest.raises(ServerError, match=r"asked 2 times, at last with status 503: loading"):
+        fill_from_server(
+            make_store(tmp_path, tokenizer, "2"), pairs, settings(served, attempts=2), tokenizer, progress=False
+        )
+
+
+def test_the_servers_list_of_models_is_read(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor
+) -> None:
+    longest = max(len(row.ids) for row in rows_of_pairs(pairs))
+    served.models = [{"id": "small"}, {"id": "bigger", "max_model_len": 9}]
+    store = make_store(tmp_path, tokenizer)
+    with pytest.raises(ServerError, match=r"serves no model 'big'\. It serves: bigger, small"):
+        fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
+    served.models = [{"id": "big", "max_model_len": longest}]
+    with pytest.raises(StoreError, match=rf"pairs.*:\d+, \w+ has {longest} tokens.*give --max-length {longest - 1} "):
+        fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
+    served.models = 401
+    with pytest.raises(ServerError, match=r"status 401: no models\. No row is to blame"):
+        fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
+    assert served.bodies == []
+    assert not (tmp_path / "store").exists()
+    for listed in ([{"id": "big", "max_model_len": longest + 1}], [{"id": "big"}], 404, 500, [{}]):
+        served.models = listed
+        again = make_store(tmp_path, tokenizer, revision=str(listed))
+        fill_from_server(again, pairs, settings(served), tokenizer, progress=False)
+        assert same(again, pairs, expected)
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_shown(
+    served: ModelServer,
+    tmp_path: Path,
+    tokenizer: Any,
+    pairs: list[TokenizedPair],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the address, in a header, in what the server repeats of them, in the log of the HTTP client, in the repr."""
+    caplog.set_level(0)
+    address = served.url.replace("http://", "http://some:pass%2Fword@")
+    by_address = settings(served, url=address, attempts=2)
+    by_key = settings(served, headers={"Authorization": " Bearer se-cret-key\n"}, attempts=2)
+    sent = {"basic": f"Basic {base64.b64encode(b'some:pass/word').decode()}", "key": "Bearer se-cret-key"}
+    for status in (401, 400, 500):
+        for kind, server in (("basic", by_address), ("key", by_key)):
+            served.fault = lambda *_, kind=kind, status=status: (status, f"wrong: {sent[kind]} (pass/word)")
+            with pytest.raises(ServerError) as caught:
+                fill_from_server(make_store(tmp_path, tokenizer), pairs, server, tokenizer, progress=False)
+            assert served.headers[-1]["Authorization"] == sent[kind]
+            assert f"status {status}: wrong: " in str(caught.value)
+            assert "***" in str(caught.value)
+            for text in (str(caught.value), repr(server), caplog.text, server.url):
+                for secret in ("se-cret-key", "some:", sent["basic"][6:], *(["pass/word"] if kind == "basic" else [])):
+                    assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"headers": {"Authorization": "Bearer se\ncret"}},
+            "Authorization cannot be sent: a line break stands at place 10",
+        ),
+        ({"headers": {"Authorization": "Bearer se\x00cret"}}, "a character outside ASCII, or a control character"),
+        ({"headers": {"Authorization": "Bearer sécret"}}, "a character outside ASCII"),
+        ({"headers": {"X-Key": " \n"}}, "the header X-Key is empty"),
+        ({"url": "http://some:se:cret/x@host:1/v1"}, r"'http://\*\*\*@host:1/v1' is not an address\. Expected"),
+        ({"url": "ftp://some:secret@host/v1"}, r"must be like http://host:port/v1; got 'ftp://\*\*\*@host/v1'"),
+        ({"url": "http://host/v1?key=secret"}, r"got more after 'http://host/v1'"),
+        ({"url": "http://some:secret@host/v1", "headers": {"authorization": "secret"}}, "not both"),
+    ],
+)
+def test_secrets_that_cannot_be_sent_are_refused_and_not_shown(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Server(**{"url": "http://host/v1", "model": "m", **options})
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "key", "message"),
+    [
+        ("SERVER_KEY", "se\ncret", "the key in the environment variable SERVER_KEY cannot be sent: a line break"),
+        ("SERVER_KEY", "se cret", "SERVER_KEY holds a blank"),
+        ("SERVER_KEY", "\n", "SERVER_KEY is empty"),
+        ("SERVER_KEY", None, "SERVER_KEY is not set. The flag takes its name, not the key"),
+        ("hf_secret", None, "the environment variable that --api-key-variable names is not set"),
+    ],
+)
+def test_keys_that_the_command_refuses(
+    reference_folder: Path,
+    tmp_path: Path,
+    pairs_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    key: str | None,
+    message: str,
+) -> None:
+    if key is not None:
+        monkeypatch.setenv(variable, key)
+    arguments = ["score", "--url", "http://127.0.0.1:9/v1", "--ref-model", "big", "--revision", "1", "--pairs"]
+    arguments += [str(pairs_file), "--store", str(tmp_path / "store"), "--tokenizer", str(reference_folder)]
+    assert main([*arguments, "--api-key-variable", variable]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "cret" not in said
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def test_an_interruption_does_not_wait_for_answers(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    answered: list[bool] = []
+    came, go_on = threading.Event(), threading.Event()
+
+    def hang(_: ModelServer, __: Any, answer: Any) -> Any:
+        came.set()
+        go_on.wait(20)
+        answered.append(go_on.is_set())
+        return answer
+
+    served.fault = then(2, hang)
+    store = make_store(tmp_path, tokenizer)
+    interrupt = threading.Thread(target=lambda: (came.wait(60), os.kill(os.getpid(), signal.SIGINT)))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        fill_from_server(store, pairs, settings(served, concurrency=1, timeout=60.0), tokenizer, progress=False)
+    assert answered == []  # it would have waited for the answer, or for the server to give up
+    go_on.set()
+    interrupt.join()
+    assert store.stat().rows == 4  # what was scored before is stored
+
+
+def test_an_interruption_does_not_wait_for_pauses(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
+) -> None:
+    came = threading.Event()
+
+    def busy(_: ModelServer, body: Any, answer: Any) -> Any:
+        if len(body["prompt"]) == 1:
+            came.set()
+        return 503, "busy"
+
+    served.fault = then(1, busy)
+    interrupt = threading.Thread(target=lambda: (came.wait(60), time.sleep(0.2), os.kill(os.getpid(), signal.SIGINT)))
+    interrupt.start()
+    server = settings(served, concurrency=1, pause=4.0)
+    with pytest.raises(KeyboardInterrupt):
+        fill_from_server(make_store(tmp_path, tokenizer), pairs, server, tokenizer, progress=False)
+    interrupt.join()
+    rows = [tuple(body["prompt"][0]) for body in served.bodies if len(body["prompt"]) == 1][1:]
+    assert len(rows) == len(set(rows)) == 1  # it would have asked for the row again after the pause
+
+
+def test_pauses_grow_and_are_capped() -> None:
+    server = Server(url="http://host/v1", model="m")
+    pauses = [server.pause_before(attempt) for attempt in range(server.attempts)]
+    assert pauses == [0, 1, 2, 4, 8, 16, *[30] * 14]
+    assert sum(pauses) > 7 * 60  # a server that is started again loads its model meanwhile
+
+
+# --- the same numbers as before --------------------------------------------------------------------------------------
 
 
 def test_another_model_under_the_old_name_is_noticed(
@@ -429,6 +776,36 @@ def test_another_model_under_the_old_name_is_noticed(
     assert fill_from_server(other, pairs, settings(served), tokenizer, progress=False).hits == 0
     with pytest.raises(StoreError, match="is not that of the served model 'small'"):
         fill_from_server(other, pairs, settings(served, model="small"), tokenizer, progress=False)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0005, True), (1.02, False)])
+def test_a_server_may_differ_by_its_noise_and_what_was_seen_is_told(
+    served: ModelServer,
+    tmp_path: Path,
+    tokenizer: Any,
+    pairs: list[TokenizedPair],
+    caplog: pytest.LogCaptureFixture,
+    factor: float,
+    passes: bool,
+) -> None:
+    """Batching changes 1e-5 to 7e-4 nats in the mean; the same weights in another dtype 0.04."""
+    caplog.set_level("INFO", logger="selective_pref_adapters.reference_store.served")
+    store = make_store(tmp_path, tokenizer)
+    fill_from_server(store, pairs[:6], settings(served), tokenizer, progress=False)
+    with torch.no_grad():
+        served.model.lm_head.weight.mul_(factor)
+    seen = compare_rows(store, rows_of_pairs(pairs[:6]), served_scorer(settings(served), tokenizer), sample=8, seed=0)
+    assert seen.rows == 8
+    assert (1e-5 < seen.mean_difference < 2e-3) if passes else (0.015 < seen.mean_difference < 0.06)
+    said = f"differ by {seen.mean_difference:.2g} nats in the mean over 8 rows from those stored as 'big@1' (by"
+    if passes:
+        fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
+        assert f"the server's log-probs {said}" in caplog.text
+        return
+    with pytest.raises(StoreError, match=re.escape(said)) as caught:
+        fill_from_server(store, pairs, settings(served), tokenizer, progress=False)
+    assert "another model is served there now. Give it another revision, also where only its dtype" in str(caught.value)
+    assert store.stat().rows == rows_in(pairs[:6])
 
 
 @pytest.mark.parametrize(
@@ -475,6 +852,26 @@ def test_the_command_asks_a_server(
     other = [*arguments, "--revision", "2"]
     assert main(other) == 1
     assert "refuses" in capsys.readouterr().err
+    served.fault = None
+    served.models = [{"id": "big"}]
+    assert main([*arguments, "--ref-model", "bigg"]) == 1
+    assert "serves no model 'bigg'. It serves: big" in capsys.readouterr().err
+    assert ReferenceStore.open(tmp_path / "store").space.label == "big@1"  # the others left nothing behind
+
+    with torch.no_grad():
+        served.model.lm_head.weight.mul_(1.02)
+    assert main([*arguments, "--verify"]) == 1
+    assert "more than 0.015 in the mean: another model is served there now" in capsys.readouterr().err
+    more = tmp_path / "more.jsonl"
+    more.write_text(pairs_file.read_text() + json.dumps({"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}) + "\n")
+    assert main([*arguments, "--pairs", str(more)]) == 1
+    assert "nats in the mean over 8 rows from those stored as 'big@1'" in capsys.readouterr().err
+    with torch.no_grad():
+        served.model.lm_head.weight.div_(1.02)
+    assert main([*arguments, "--pairs", str(more)]) == 0
+    shown = capsys.readouterr()
+    assert "the server's log-probs differ by" in shown.err
+    assert "80 were stored, 2 scored" in shown.out
     monkeypatch.delenv("SERVER_KEY")
     assert main(arguments) == 1
     assert "SERVER_KEY is not set" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from selective_pref_adapters.heads import (
     install_fused_head,
     model_logps_and_statistics,
     model_per_token_logps,
+    row_per_token_logps,
+    scores_rows_by_themselves,
 )
 from selective_pref_adapters.shared_prefix import layout as layout_module
 from selective_pref_adapters.shared_prefix.exact import UNLIMITED, examine
@@ -338,34 +340,31 @@ def test_one_side_never_moves_the_other(layout: str) -> None:
     assert not torch.isclose(after[3:][sides[:, 1:]], before[3:][sides[:, 1:]]).any()
 
 
-def test_a_frozen_model_s_bits_depend_on_the_row_alone() -> None:
-    """Beside its other side, beside others, on whichever side padded, or by itself: as a store scores it."""
+def test_the_bits_of_a_row_that_is_scored_for_a_store_depend_on_it_alone() -> None:
+    """Beside its other side, beside others, on whichever side padded, or by itself."""
     model, batch = make("qwen3"), make_batch()
     install_fused_head(model)
-    frozen_per_token_logps(model, batch)
+    assert scores_rows_by_themselves(model)
     count = Count(model)
-    whole = frozen_per_token_logps(model, batch)
+    whole = row_per_token_logps(model, batch)
     assert count.tokens == sum(map(sum, PAIRS))
-    model._share_prefix = "off"
     torch.testing.assert_close(whole, frozen_per_token_logps(model, batch))
-    model._share_prefix = "auto"
     for row in range(6):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         padded = {name: nn.functional.pad(tensor, (5, 3)) for name, tensor in alone.items()}
-        assert torch.equal(frozen_per_token_logps(model, alone), whole[row : row + 1])
-        assert torch.equal(frozen_per_token_logps(model, padded)[:, 5:-3], whole[row : row + 1])
+        assert torch.equal(row_per_token_logps(model, alone), whole[row : row + 1])
+        assert torch.equal(row_per_token_logps(model, padded)[:, 5:-3], whole[row : row + 1])
     order = [5, 0, 3, 1]
     some = {name: tensor[order] for name, tensor in batch.items()}
-    assert torch.equal(frozen_per_token_logps(model, some), whole[order])
+    assert torch.equal(row_per_token_logps(model, some), whole[order])
 
 
-def test_with_and_without_gradients_the_bits_of_a_layout_are_equal(layout: str) -> None:
+def test_a_reference_of_equal_weights_gives_equal_bits(layout: str) -> None:
+    """The policy's call with the policy's shapes: with a gradient and without, learning and not."""
     model, batch = make("llama"), make_batch()
     install_fused_head(model)
-    found = laid_out(model, batch)
-    with torch.no_grad():
-        frozen = found.states(model)
-    assert torch.equal(found.states(model), frozen)
+    policy = model_per_token_logps(model.train(), batch)
+    assert torch.equal(frozen_per_token_logps(model.eval(), batch), policy)
 
 
 # --- odd batches -----------------------------------------------------------------------------------------------------

@@ -53,6 +53,66 @@ def make_model(folder: Path, seed: int, words: list[str] = WORDS, **options: Any
     return folder
 
 
+def make_mixture(folder: Path, seed: int, **options: Any) -> Path:
+    """Saves a Mixtral of a few thousand parameters, four experts in a layer, and its tokenizer."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer = make_tokenizer(["user", "assistant", *WORDS])
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    MixtralForCausalLM(MixtralConfig(**{**settings, **options})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_text_and_image_model(folder: Path, seed: int) -> Path:
+    """Saves a Gemma 3 of a few thousand parameters: its configuration nests the text model's, as `text_config`."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokenizer = make_tokenizer(["user", "assistant", *WORDS])
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "sliding_window": 32,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from selective_pref_adapters.deepspeed_loop.sampling import make_order, pair_length
 from selective_pref_adapters.pairs import TokenizedPair, read_rows, tokenize_pairs
-from selective_pref_adapters.sampling import make_order, pair_length
 
 STEPS, BATCH, ACCUMULATION, RATE = 20, 2, 2, 1e-2
 COMPARED = ("loss", "grad_norm", "rewards/margins", "selection/rewards/margins", "selection/fraction")

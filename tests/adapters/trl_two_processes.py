@@ -22,6 +22,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError
+from selective_pref_adapters.batch import REF_LOGPS, from_bits
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
 from tiny import text_rows
 
@@ -47,6 +48,7 @@ def make(policy: str, folder: Path, ref_model: Any = None, peft_config: Any = No
         "bf16": False,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
         "logging_steps": 1,
         "report_to": [],
         "learning_rate": 1e-2,
@@ -111,11 +113,13 @@ def main(policy: str, reference: str, folder: Path) -> None:
         every_rank: list[Any] = [None, None]
         dist.all_gather_object(every_rank, steps)
         assert every_rank[0] == every_rank[1], "ranks log different numbers"
-        seen = {"steps": steps, "sharded": sharded, "eval": trainer.evaluate()}
+        trainer.evaluate()  # 5 pairs on two processes with 4 each: the last batch is filled up with 3 repeated ones
+        seen = {"steps": steps, "sharded": sharded, "eval": trainer.state.log_history[-1]}
         if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-            looked_up = trainer._store.lookup(batch)
-            seen["bits"] = torch.equal(trainer._ref_logps(trainer._prepare_inputs(batch)), looked_up)
+            looked_up = trainer.reference.source().store.lookup(batch)
+            prepared = trainer._prepare_inputs(batch)
+            seen["bits"] = torch.equal(from_bits(prepared[REF_LOGPS]), looked_up)
         note(name, seen)
 
 

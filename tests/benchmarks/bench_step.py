@@ -96,24 +96,26 @@ class Clock:
 
 def ours(folder: Path, size: str, pairs: list[Any], clock: Clock, *, stored: bool) -> Callable[[], None]:
     """One step of `deepspeed_loop`, from its own parts."""
-    from selective_pref_adapters import deepspeed_loop as loop
+    from selective_pref_adapters.deepspeed_loop import checks, loop
+    from selective_pref_adapters.deepspeed_loop import engine as engines
     from selective_pref_adapters.heads import model_per_token_logps
+    from selective_pref_adapters.models import load_model, load_tokenizer
     from selective_pref_adapters.objectives import loss_of_batch
+    from selective_pref_adapters.options import TrainConfig
     from selective_pref_adapters.pairs import collate
-    from selective_pref_adapters.train_config import TrainConfig
 
     source = {"reference_store": str(folder / f"store-{size}")} if stored else {"ref_model": str(folder / size)}
     config = TrainConfig(
         model=str(folder / "policy"), pairs="", batch_size=len(pairs), learning_rate=RATE, beta=BETA, **source
     )
-    loop.start_processes(config)
-    policy, tokenizer = loop.load_model(config.model, "float32"), loop.load_tokenizer(config.model)
+    engines.start_processes(config)
+    policy, tokenizer = load_model(config.model, dtype="float32"), load_tokenizer(config.model)
     opened = loop.open_reference(config, tokenizer, config.ref_model, config.reference_store, None)
-    engine, _ = loop.start_engine(config, policy, 1000, len(pairs))
-    reference = clock.time("reference", loop.start_reference(config, opened))
+    engine, _ = engines.start_engine(config, policy, 1000, len(pairs))
+    reference = clock.time("reference", opened)
     loss_of = clock.time("selection", loss_of_batch)
-    end = clock.time("optimiser", loop.step_engine)
-    objective = loop.configured_objective(config)
+    end = clock.time("optimiser", engines.step_engine)
+    objective = checks.configured_objective(config)
     clock.watch(engine.module)
     engine.train()
 
@@ -182,8 +184,7 @@ def make_files(folder: Path, count: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from selective_pref_adapters.pairs import read_rows, tokenize_pairs
-    from selective_pref_adapters.reference_cache import ReferenceStore
-    from selective_pref_adapters.scoring import fill_store, reference_space
+    from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
     from tiny import make_model, write_jsonl
 
     words = [f"w{number}" for number in range(VOCABULARY - 6)]

@@ -30,13 +30,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head, model_per_token_logps
 from selective_pref_adapters.objectives import loss_of_batch, make_objective
 from selective_pref_adapters.pairs import TokenizedPair, collate
-from selective_pref_adapters.reference_cache import ReferenceStore, Row, Space, rows_of_pairs
-from selective_pref_adapters.scoring import local_scores, model_identity
-from selective_pref_adapters.spaces import vocabulary_digest
+from selective_pref_adapters.reference_store import (
+    ReferenceStore,
+    Row,
+    Space,
+    model_identity,
+    rows_of_pairs,
+)
+from selective_pref_adapters.reference_store.fill import local_scores
+from selective_pref_adapters.reference_store.spaces import vocabulary_digest
 
 OPEN = """
 import sys, time
-import selective_pref_adapters.reference_cache as cache
+import selective_pref_adapters.reference_store.store as cache
 start = time.perf_counter()
 store = cache.ReferenceStore.open(sys.argv[1])
 print(time.perf_counter() - start, len(store._where))

@@ -43,6 +43,7 @@ from selective_pref import per_token_logps, select
 from selective_pref_adapters.batch import labels_of, responses
 from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.replication.language import (
     EOS,
@@ -57,7 +58,6 @@ from selective_pref_adapters.replication.language import (
     supervised_texts,
     write_rows,
 )
-from selective_pref_adapters.train_config import TrainConfig
 
 BETA = 0.01
 RATIO = 0.4

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selective_pref_adapters.models import text_config
 from selective_pref_adapters.pairs import IGNORE_INDEX
 from selective_pref_adapters.shared_prefix.continued import continued_states
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of
@@ -61,11 +62,6 @@ def examine(causal: Any, layout: str) -> Verdict:
 def takes_positions(body: Any) -> bool:
     """Whether a body's forward names `position_ids`."""
     return "position_ids" in inspect.signature(type(body).forward).parameters
-
-
-def text_config(causal: Any) -> Any:
-    """The configuration of a model's text part."""
-    return causal.config.get_text_config()
 
 
 def packed_states(

@@ -2,10 +2,11 @@
 
 In: the body's inputs and labels. Out: a `Layout`, or None where the rows go through the body as they are.
 
-Without gradients, on a CPU, rows are `continued`: what a reference gives to a row then depends on that row alone, and a
-stored value equals a new one bit by bit. Everything else is `packed`, which takes fewer calls and is the faster one: a
-policy that learns, and any model on a GPU. Where weights are gathered for each call (ZeRO-3, FSDP) the packed rows go
-through the body in one call, as the padded ones would, so that every process calls it equally often.
+Rows are `packed` where that is exact for the model: it takes the fewest calls and is the fastest on a CPU and a GPU
+alike. The layout depends on the batch and the model, not on gradients, so that policy and reference are computed with
+the same shapes. Where weights are gathered for each call (ZeRO-3, FSDP) the packed rows go through the body in one
+call, as the padded ones would, so that every process calls it equally often. Rows are `continued` on a CPU where the
+caller wants bits that depend on a row alone, or where packed rows are not exact.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from selective_pref_adapters.models import is_sharded, text_config
 from selective_pref_adapters.shared_prefix.continued import continued_states
 from selective_pref_adapters.shared_prefix.exact import (
     Verdict,
@@ -24,7 +27,6 @@ from selective_pref_adapters.shared_prefix.exact import (
     multiple_of,
     packed_states,
     takes_positions,
-    text_config,
 )
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of, one_by_one
 from selective_pref_adapters.shared_prefix.packed import Packed, first_fit, pack
@@ -77,18 +79,20 @@ class Layout:
 
 def prepare(causal: Any) -> None:
     """Examines a model now, where `lay_out` would at its first batch."""
-    continues(causal)
     _verdict(causal, "packed")
 
 
 @torch.compiler.disable
-def lay_out(causal: Any, inputs: dict[str, Any], labels: Tensor, *, compiled: bool = False) -> Layout | None:
+def lay_out(
+    causal: Any, inputs: dict[str, Any], labels: Tensor, *, by_row: bool = False, compiled: bool = False
+) -> Layout | None:
     """How to lay out a batch; None: as it is.
 
     Args:
         causal: a causal LM of transformers, without wrappers.
         inputs: of its forward: `input_ids`, `attention_mask` [2B T+1], and what else the caller has.
         labels: int64 [2B T+1], -100 where no completion token stands; not shifted.
+        by_row: the bits of a row's states are to depend on that row alone.
         compiled: whether this call is being compiled: then the body is called once.
     """
     reason = _not_plain_rows(inputs)
@@ -98,16 +102,15 @@ def lay_out(causal: Any, inputs: dict[str, Any], labels: Tensor, *, compiled: bo
     groups = groups_of(*(tensor.detach().cpu() for tensor in (inputs["input_ids"], inputs["attention_mask"], labels)))
     if not any(len(response.columns) for group in groups for response in group.responses):
         return None
-    by_rows = not compiled and continues(causal)
-    if by_rows and not torch.is_grad_enabled():
+    if by_row:
         return _continued(groups, _verdict(causal, "continued")[0], device)
     limit, reason = _verdict(causal, "packed")
     longest = max(group.longest for group in groups)
     if limit and longest > limit:
         reason = f"some of its layers look back a limited way ({limit} tokens), and a row is longer ({longest})"
     if not reason:
-        found = _packed(groups, device, causal, one_call=compiled or device.type != "cpu" or is_sharded(causal))
-    elif by_rows:
+        found = _packed(groups, device, causal, one_call=compiled or device.type != "cpu" or _gathers(causal))
+    elif not compiled and continues(causal):
         found = _continued(groups, _verdict(causal, "continued")[0], device)
     else:
         return _as_it_is(causal, reason)
@@ -117,7 +120,7 @@ def lay_out(causal: Any, inputs: dict[str, Any], labels: Tensor, *, compiled: bo
 def continues(causal: Any) -> bool:
     """Whether rows can be computed by themselves, from the continued keys and values of their prompt."""
     body = causal.base_model
-    if next(body.parameters()).device.type != "cpu" or is_sharded(causal):
+    if next(body.parameters()).device.type != "cpu" or _gathers(causal):
         return False
     if getattr(body, "_compiled_call_impl", None) is not None:
         return False
@@ -126,11 +129,9 @@ def continues(causal: Any) -> bool:
     return _verdict(causal, "continued")[0] > 0
 
 
-def is_sharded(causal: Any) -> bool:
+def _gathers(causal: Any) -> bool:
     """Whether weights are gathered for each call of a module: ZeRO-3, FSDP2."""
-    from torch.distributed.tensor import DTensor
-
-    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in causal.parameters())
+    return is_sharded(causal) or any(isinstance(parameter, DTensor) for parameter in causal.parameters())
 
 
 def _continued(groups: list[Group], limit: int, device: torch.device) -> Layout:

@@ -1,0 +1,171 @@
+"""What can be known before the first step, and is checked before it: options, hardware, folders, disk.
+
+In: a `TrainConfig`, then the policy. Out: notes for the reader, or an error that says what to change; nothing has been
+written by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selective_pref import Objective
+from selective_pref_adapters.deepspeed_loop.engine import further_settings
+from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
+from selective_pref_adapters.files import existing
+from selective_pref_adapters.models import check_no_auxiliary_loss, check_savable, check_trainable
+from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective
+from selective_pref_adapters.options import UNREAD, TrainConfig
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises ValueError at the first option that makes no sense, alone, beside another, or on this machine.
+
+    β, ratio, pool, ties, γ and label smoothing are checked by the loss itself, on a pair of one token.
+    """
+    objective = configured_objective(config)
+    needs_reference = config.objective in NEEDS_REFERENCE
+    has_reference = [config.ref_model is not None, config.reference_store is not None]
+    has_scorer = [config.scoring_ref_model is not None, config.scoring_reference_store is not None]
+    if needs_reference and not any(has_reference):
+        raise ValueError(
+            f"objective {config.objective!r} compares the policy with a reference: give ref_model (the stronger the "
+            "better; the policy's own start is legal but teaches little below ratio 1) or a reference_store"
+        )
+    if not needs_reference and any(has_reference):
+        raise ValueError(f"objective {config.objective!r} reads no reference: leave ref_model and reference_store out")
+    if all(has_reference) or all(has_scorer):
+        raise ValueError("give a reference as a model or as a store of its log-probs, not both")
+    if any(has_scorer) and config.objective != "selective_dpo":
+        raise ValueError(f"objective {config.objective!r} scores no tokens: leave the scoring reference out")
+    for space, store in (
+        ("reference_space", "reference_store"),
+        ("scoring_reference_space", "scoring_reference_store"),
+    ):
+        if getattr(config, space) is not None and getattr(config, store) is None:
+            raise ValueError(f"{space} says which part of {store} to read: give {store}")
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in UNREAD[config.objective]:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"objective {config.objective!r} does not read {name}: leave it out")
+    above_0 = ("learning_rate", "max_grad_norm", "epochs", "batch_size", "gradient_accumulation_steps")
+    for name in (*above_0, "process_timeout_minutes"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be above 0; got {getattr(config, name)}")
+    for name in ("max_steps", "eval_steps", "logging_steps", "save_steps", "keep_checkpoints"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    for name in ("warmup_steps", "weight_decay"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0; got {getattr(config, name)}")
+    if config.offload_optimizer and config.zero_stage < 1:
+        raise ValueError("offload_optimizer needs zero_stage 1 or above: nothing is sharded or moved at stage 0")
+    if config.offload_parameters and config.zero_stage < 3:
+        raise ValueError(f"offload_parameters needs zero_stage 3; got {config.zero_stage}")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise ValueError(f"tracker {config.tracker} is not installed: pip install {config.tracker}")
+    further_settings(config)
+    pairs_per_step(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_hardware(config)
+    check_objective(objective, reference=needs_reference)
+
+
+def check_hardware(config: TrainConfig) -> None:
+    """Raises ValueError where this machine cannot compute in `config.dtype`, or has too few devices."""
+    if not torch.cuda.is_available():
+        return  # a CPU computes bf16 one way or another; see `load_pairs` for the note
+    if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"dtype bfloat16: {torch.cuda.get_device_name()} does not compute in bf16 (it takes compute capability "
+            "8.0 or above): use dtype float32"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine has no device: there are {torch.cuda.device_count()}. Start as many "
+            "processes as there are devices"
+        )
+
+
+def configured_objective(config: TrainConfig) -> Objective:
+    """The loss that the configuration names, as a callable (chosen, rejected) → PreferenceLoss."""
+    return make_objective(
+        config.objective,
+        beta=config.beta,
+        selection_ratio=config.selection_ratio,
+        selection_pool=config.selection_pool,
+        selection_ties=config.selection_ties,
+        gamma=config.gamma,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def usable_folder(config: TrainConfig) -> Path:
+    """The output folder: absent, empty, or one of a run that is to be resumed; and it can be written to.
+
+    Nothing is left in it: it is made when there is something to put there.
+
+    Raises:
+        ValueError: it is a file, or holds something.
+        OSError: its disk is full or read-only, or it may not be written to.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "run.json").exists():
+            raise ValueError(
+                f"output_dir {folder} is not empty: choose another, or move it away (nothing is overwritten)"
+            )
+        if config.resume is None:
+            raise ValueError(f"output_dir {folder} is not empty: it holds a run. Choose another, or --resume auto")
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
+            probe.write(b"\0" * 4096)
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
+    return folder
+
+
+def check_policy(policy: torch.nn.Module, tokenizer: Any) -> list[str]:
+    """What can be known of the policy before it is trained; returns what a reader should know.
+
+    Raises:
+        ValueError: nothing of it would learn, it asks for a loss that is not added here, or it could not be saved.
+    """
+    check_trainable(policy)
+    check_no_auxiliary_loss(policy)
+    return check_savable(policy, tokenizer)
+
+
+def warm_up_note(config: TrainConfig, steps: int) -> list[str]:
+    """A sentence where the run ends before the learning rate has reached its peak."""
+    if config.warmup_steps < steps:
+        return []
+    return [f"warmup_steps {config.warmup_steps} of {steps} steps: the learning rate reaches its peak at no step"]
+
+
+def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:
+    """Raises OSError where the disk has no room for what the run is going to write at least.
+
+    That is the model, and as many checkpoints as are there at one time: those that are kept, and the next one while it
+    is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16 the float32 weights.
+    """
+    numbers = sum(parameter.numel() for parameter in policy.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+    checkpoint = weights + 4 * numbers * (2 if config.dtype == "float32" else 3)
+    written = 0 if config.save_steps is None else min(steps // config.save_steps, config.keep_checkpoints + 1)
+    needed = weights + written * checkpoint
+    free = shutil.disk_usage(existing(folder)).free
+    if free < needed:
+        what = f"the model and {written} checkpoints take" if written else "the model takes"
+        raise OSError(f"output_dir {folder}: its disk has {free / 1e9:.4f} GB free; {what} {needed / 1e9:.4f} GB")

@@ -1,0 +1,252 @@
+"""DeepSpeed: processes, engines around policy and reference, the optimiser's step, the trained weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import get_scheduler
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a line on stdout when it has to guess
+import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from selective_pref_adapters.heads import install_fused_head
+from selective_pref_adapters.monitoring import anywhere
+from selective_pref_adapters.options import TrainConfig
+
+
+def start_processes(config: TrainConfig) -> tuple[int, int]:
+    """(rank of this process, number of processes). Without a launcher there is one."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():  # else DeepSpeed would look for MPI
+        os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at every start
+    deepspeed.init_distributed(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        verbose=False,
+        timeout=timedelta(minutes=config.process_timeout_minutes),
+    )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes() -> None:
+    """Leaves the process group; for the end of a program, since no other run can follow in it."""
+    if dist.get_world_size() > 1:
+        dist.destroy_process_group()
+
+
+def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_step: int) -> tuple[Any, Any]:
+    """(engine around the policy, learning-rate scheduler)."""
+    if config.fused_head:
+        install_fused_head(policy, share_prefix=config.share_prefix)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    wrapped = config.zero_stage > 0 or config.dtype != "float32"  # DeepSpeed's optimizer around ours clips and skips
+    optimizer = (
+        torch.optim.AdamW(policy.parameters(), **options)
+        if wrapped
+        else FiniteAdamW(policy.parameters(), max_grad_norm=config.max_grad_norm, **options)
+    )
+    scheduler = get_scheduler(
+        config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=steps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config={
+            **_shared_settings(config),
+            "gradient_accumulation_steps": per_step // (config.batch_size * dist.get_world_size()),
+            "gradient_clipping": config.max_grad_norm if wrapped else 0.0,
+            # AdamW of torch: DeepSpeed's own would be compiled at the first start.
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    return engine, scheduler
+
+
+def start_frozen_engine(config: TrainConfig, reference: torch.nn.Module, _: torch.device) -> Any:
+    """An engine around a frozen model, on this process's device; sharded beside the policy under ZeRO-3."""
+    settings = _shared_settings(config)
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    if config.zero_stage < 3:
+        settings["zero_optimization"] = {"stage": 0}  # nothing to shard without an optimiser
+    engine, *_ = deepspeed.initialize(model=reference, config=settings)
+    return engine
+
+
+def _shared_settings(config: TrainConfig) -> dict[str, Any]:
+    settings = further_settings(config)
+    zero: dict[str, Any] = {**settings.get("zero_optimization", {}), "stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        **settings,
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+    }
+
+
+DECIDED_BY_FLAGS = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "learning_rate and weight_decay",
+    "scheduler": "lr_schedule",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "zero_optimization.stage": "zero_stage",
+}
+
+
+def further_settings(config: TrainConfig) -> dict[str, Any]:
+    """What `deepspeed_config` holds. Raises ValueError where it is no JSON object, or decides what a flag decides."""
+    if config.deepspeed_config is None:
+        return {}
+    path = Path(config.deepspeed_config)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed_config {path} cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"deepspeed_config {path} must hold a JSON object; got {type(settings).__name__}")
+    zero = settings.get("zero_optimization", {})
+    for name in [*settings, *(f"zero_optimization.{name}" for name in zero)]:
+        if name in DECIDED_BY_FLAGS:
+            raise ValueError(f"deepspeed_config {path} sets {name}: leave it to the option {DECIDED_BY_FLAGS[name]}")
+    return settings
+
+
+class FiniteAdamW(torch.optim.AdamW):
+    """AdamW that clips the gradient, and leaves the weights alone where its norm is not finite.
+
+    For ZeRO stage 0 in float32, where DeepSpeed wraps no optimizer of its own around this one. It reads both
+    attributes: `overflow` makes it count the step as skipped, `_global_grad_norm` is what `get_global_grad_norm` gives.
+
+    Args:
+        parameters: what is trained.
+        max_grad_norm: gradients are clipped to this norm.
+        options: as `torch.optim.AdamW` takes them.
+    """
+
+    def __init__(self, parameters: Any, *, max_grad_norm: float, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.max_grad_norm = max_grad_norm
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, or none where the gradient is not finite."""
+        trained = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm))
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        return None if self.overflow else super().step(closure)
+
+
+def step_engine(engine: Any) -> float:
+    """Ends a batch, and the optimiser step where it is the last; returns the gradient's norm before clipping.
+
+    A gradient that is not finite moves no weight: the optimizer skips such a step, `engine.skipped_steps` counts it,
+    and the learning rate moves on all the same.
+    """
+    skipped = engine.skipped_steps
+    engine.step()
+    if engine.skipped_steps > skipped:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch suspects a mistake where the first step is skipped
+            engine.lr_scheduler.step()
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else float(norm)
+
+
+def load_engine(engine: Any, folder: Path, tag: str) -> bool:
+    """Puts model, optimiser and scheduler where DeepSpeed saved them; returns whether it found them.
+
+    DeepSpeed unpickles its files, and a pickle can run any code when it is read. Here only tensors, plain values and
+    the three classes below, which DeepSpeed writes, are accepted.
+
+    Raises:
+        ValueError: a file holds anything else.
+    """
+
+    def load(path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load
+    try:
+        found, _ = engine.load_checkpoint(str(folder), tag=tag)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{folder} holds more than tensors and plain values, and is not loaded: {error}") from error
+    return found is not None
+
+
+def gathered_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The whole weights on the first process, in the host's memory; sharded ones are gathered one after another."""
+    first = dist.get_rank() == 0
+    names = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    weights = {name: t.cpu() for name, t in engine.module.state_dict().items() if name not in names} if first else {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+            if first:
+                weights[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return weights
+
+
+def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
+    """Weights, configuration and tokenizer into `output_dir`: written aside first, so that no half is ever there.
+
+    Raises:
+        OSError: on every process, where the first one could not write. If transformers refused to save the model for
+            another reason than the disk, its weights are in `rescued.safetensors`, by the names of its parameters.
+    """
+    weights = gathered_weights(engine)
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        aside = output_dir / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
+        try:
+            engine.module.save_pretrained(aside, state_dict=dict(weights))
+            tokenizer.save_pretrained(aside)
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(output_dir / file.name)
+            shutil.rmtree(aside)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            failure = error
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            save_file(weights, output_dir / "rescued.safetensors", metadata={"format": "pt"})
+            failure = ValueError(f"{' '.join(str(error).split())} Its weights are in rescued.safetensors there")
+    if anywhere(failure is not None, engine.device):
+        raise OSError(f"the trained model could not be written to {output_dir}: {failure or 'see the first process'}")

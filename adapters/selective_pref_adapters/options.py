@@ -1,0 +1,235 @@
+"""The options of a loss, of `selective-pref train` and of `score`, as dataclasses.
+
+Imports no framework, so that `--help` is quick. The command line and the YAML file are made from them: a field's name
+is the flag, its docstring (or its metadata) the help. The options of a loss are said here only: `train`, TRL's
+configuration and the Hugging Face loss read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from selective_pref import Pool, Ties
+
+ObjectiveName: TypeAlias = Literal["selective_dpo", "dpo", "simpo", "sft"]
+Truncation: TypeAlias = Literal["keep_start", "keep_end"]
+SharePrefix: TypeAlias = Literal["auto", "off"]
+
+PAPER_MAX_LENGTH = 4096
+"""Tokens of prompt + completion in the paper (§5.1): the default, where the models can read so many."""
+
+
+@dataclass(kw_only=True)
+class SelectionOptions:
+    """The numbers of Selective-DPO. The defaults of β and the ratio are the paper's (§5.1)."""
+
+    beta: float = field(
+        default=0.01, metadata={"help": "Strength of the pull towards the reference (SimPO's reward scale)."}
+    )
+    selection_ratio: float = field(
+        default=0.4, metadata={"help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO."}
+    )
+    selection_pool: Pool = field(
+        default="response",
+        metadata={"help": "Which tokens compete: those of one response, of one pair, or of the micro-batch."},
+    )
+    selection_ties: Ties = field(
+        default="share", metadata={"help": "What happens to tokens that stand exactly on the threshold."}
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped labels, in [0, 0.5)."})
+
+
+@dataclass(kw_only=True)
+class LossOptions(SelectionOptions):
+    """The numbers of every objective that has a name; each objective reads some of them (`UNREAD` lists the others)."""
+
+    gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, in units of the reward."})
+
+
+@dataclass(kw_only=True)
+class TrainInputs:
+    """What a run of `train` reads, where it writes, and its objective."""
+
+    model: str
+    """Policy to train: a folder or a hub id of a causal language model."""
+    pairs: str
+    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    ref_model: str | None = None
+    """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
+    reference_store: str | None = None
+    """Instead of ref_model: a folder of stored log-probs; no reference is loaded then."""
+    reference_space: str | None = None
+    """Which reference's log-probs to read, where reference_store holds those of several."""
+    scoring_ref_model: str | None = None
+    """A second reference that scores the tokens, while the first anchors the reward."""
+    scoring_reference_store: str | None = None
+    """Likewise, from a store."""
+    scoring_reference_space: str | None = None
+    """Which one of scoring_reference_store."""
+    output_dir: str = "runs/train"
+    """Where everything is written; must be absent or empty, or a run to resume."""
+    objective: ObjectiveName = "selective_dpo"
+    """The loss. Distilled DPO is dpo with a stronger ref_model."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(LossOptions, TrainInputs):
+    """Everything a run depends on: `TrainInputs`, the numbers of its loss, and the following."""
+
+    eval_pairs: str | None = None
+    """Held-out rows; without them, eval_fraction of the rows is held out, by prompt."""
+    eval_fraction: float = 0.05
+    """Share of the rows to hold out where eval_pairs is not given; 0 for none."""
+    max_length: int | None = None
+    """Tokens of prompt + completion; default: what both models can read, at most the paper's 4096."""
+    truncation_mode: Truncation = "keep_start"
+    """keep_start cuts the end of what is too long, keep_end the start."""
+    skip_malformed_rows: bool = False
+    """Leave out rows that are no preference pair (counted), instead of stopping at the first."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up: to 0 at the last step, or constant."""
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    epochs: float = 1.0
+    """Passes over the training pairs."""
+    max_steps: int | None = None
+    """Optimiser steps; overrides epochs."""
+    batch_size: int = 8
+    """Pairs of one forward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes of one optimiser step."""
+    global_batch_size: int | None = None
+    """Pairs of one optimiser step over all processes; sets gradient_accumulation_steps by itself."""
+    group_by_length: bool = False
+    """Put pairs of like length into one step, so that less is padding; the order of the steps stays random."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; it is always done before the first and after the last."""
+    logging_steps: int = 10
+    """Write metrics every so many steps: means over them, with the last step's gradient norm."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Also send the metrics there; TensorBoard events are always written."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps; without it only when told to stop (SIGTERM)."""
+    keep_checkpoints: int = 2
+    """How many complete checkpoints to keep, the newest."""
+    resume: str | None = None
+    """"auto" goes on from the newest complete checkpoint in output_dir, if there is any; or name a checkpoint."""
+    force_resume: bool = False
+    """Resume although something that shapes the run has changed (it is listed)."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """At a loss or gradient that is NaN or infinite: stop, or leave the batch out on all processes and count it."""
+    seed: int = 0
+    """Order of the data, choice of held-out prompts."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the models' weights; log-probs and losses are float32 at least."""
+    fused_head: bool = True
+    """Compute log-probs without materialising the logits, wherever the model allows it."""
+    share_prefix: SharePrefix = "auto"
+    """auto computes a pair's prompt once, and no padding, wherever fused_head and the model allow it; off does not."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in the memory of the host; from ZeRO stage 1 on."""
+    offload_parameters: bool = False
+    """Keep the sharded parameters there too, of policy and reference; ZeRO stage 3."""
+    deepspeed_config: str | None = None
+    """A JSON file of further DeepSpeed settings, such as bucket sizes; what the flags here decide is refused."""
+    process_timeout_minutes: float = 30.0
+    """How long processes wait for one another before the run ends with an error."""
+
+
+_SELECTION = ("selection_ratio", "selection_pool", "selection_ties")
+UNREAD: dict[str, tuple[str, ...]] = {
+    "selective_dpo": ("gamma",),
+    "dpo": ("gamma", *_SELECTION),
+    "simpo": _SELECTION,
+    "sft": ("beta", "gamma", "label_smoothing", *_SELECTION),
+}
+"""Options of the loss that an objective does not read: setting one is an error."""
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "pairs",  # what the files hold is compared instead
+        "eval_pairs",
+        "eval_steps",
+        "logging_steps",
+        "tracker",
+        "save_steps",
+        "keep_checkpoints",
+        "resume",
+        "force_resume",
+        "non_finite",
+        "process_timeout_minutes",
+    }
+)
+"""Options that leave the weights as they would have been; a change of any other is refused when a run is resumed."""
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """Whose log-probs, of which pairs, into which store; or what to do with the store instead."""
+
+    store: str
+    """Folder of the store; made where it is absent. It may hold any number of references."""
+    ref_model: str | None = None
+    """Reference: a folder or hub id of a causal language model; with --url, the name it is served under."""
+    pairs: str | None = None
+    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    tokenizer: str | None = None
+    """The policy's model or tokenizer: pairs are tokenised by it. Default: the reference's own."""
+    max_length: int | None = None
+    """Tokens of prompt + completion, the same as in training. Default: what the reference can read, at most 4096."""
+    truncation_mode: Truncation = "keep_start"
+    """keep_start cuts the end of what is too long, keep_end the start; the same as in training."""
+    skip_malformed_rows: bool = False
+    """Leave out rows that are no preference pair (counted), instead of stopping at the first."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the reference's weights; log-probs are stored in float32."""
+    attention: str | None = None
+    """Attention implementation, as transformers names them (eager, sdpa, …). Default: its choice."""
+    batch_tokens: int = 16384
+    """Token positions of one batch on a GPU; a CPU takes row after row."""
+    flush_seconds: float = 30.0
+    """What is scored is written at least this often: what a kill costs at most."""
+    url: str | None = None
+    """A server that speaks OpenAI's completions protocol, up to and with /v1: it is asked instead of a local model."""
+    protocol: Literal["completions", "prompt_logprobs"] = "completions"
+    """How the server is asked: echoed prompts with log-probs, or vLLM's prompt_logprobs."""
+    revision: str | None = None
+    """Of what is served: change it whenever weights, adapters or dtype there change. Needed with --url."""
+    concurrency: int = 4
+    """Requests under way at once."""
+    rows_per_request: int = 8
+    """Rows in one request."""
+    timeout: float = 120.0
+    """Seconds to wait for an answer."""
+    attempts: int = 20
+    """How often a row is asked for, after pauses of 1 to 30 s, before it is given up: 20 times take seven minutes."""
+    api_key_variable: str | None = None
+    """Name of the environment variable that holds the server's API key (never the key itself)."""
+    stat: bool = False
+    """Only show what the store holds; with --pairs and --tokenizer or --ref-model, also how many rows it lacks."""
+    verify: bool = False
+    """Only score a random sample of the stored rows again, and compare."""
+    verify_rows: int = 64
+    """Rows of that sample."""
+    verify_seed: int = 0
+    """Which ones are drawn."""
+    verify_tolerance: float | None = None
+    """Largest difference in nats that passes. Default: 1e-3 for float32 on this machine; else 0.5, and of a server
+    0.015 in the mean."""
+    prune: bool = False
+    """Only tidy up: damage, copies, leftovers and references without rows go, small files become large; with --pairs,
+    other rows go, too."""
+    space: str | None = None
+    """Which reference --stat and --prune mean, by name or label. Default: all."""

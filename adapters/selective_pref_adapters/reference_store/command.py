@@ -1,0 +1,349 @@
+"""`selective-pref score`: reference log-probs of a file of pairs into a store, and what else a store needs.
+
+In: a `ScoreConfig`. Out: rows in a store, and a few lines that say what was done. Under torchrun each process loads the
+reference and scores its share of the rows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from selective_pref_adapters.models import context_length, load_model, load_tokenizer, pad_token_id
+from selective_pref_adapters.options import PAPER_MAX_LENGTH, ScoreConfig
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
+from selective_pref_adapters.reference_store.fill import (
+    Comparison,
+    Scorer,
+    ScoringReport,
+    compare_rows,
+    fill_rows,
+    local_scores,
+)
+from selective_pref_adapters.reference_store.identity import reference_space
+from selective_pref_adapters.reference_store.shards import writing
+from selective_pref_adapters.reference_store.spaces import empty_spaces, note_filling, read_spaces, remove_empty_spaces
+from selective_pref_adapters.reference_store.store import ReferenceStore, StoreError, prune, rows_of_pairs
+
+
+def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
+    """Does what the configuration says, and prints what came of it.
+
+    Returns:
+        What filling took, or how a verified sample compares; None for --stat and --prune.
+
+    Raises:
+        ValueError: options that make no sense, rows, models or stores that do not work, a sample that differs.
+        OSError: a store that cannot be written to, a server that does not answer.
+        NonFiniteError: the reference gave NaN or an infinity.
+    """
+    check_config(config)
+    console = Console(stderr=True)
+    disable_progress_bar()
+    if config.stat:
+        show_stat(config, Console())
+        return None
+    if config.prune:
+        prune_spaces(config, Console())
+        return None
+    rank = process_rank()
+    store, scorer, tokenizer, context = served_reference(config) if config.url else local_reference(config)
+    policy_tokenizer = tokenizer if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    check_same_tokenizer(policy_tokenizer, tokenizer)
+    pairs, notes = load_pairs(config, policy_tokenizer, context, progress=rank == 0)
+    if rank == 0:
+        for note in notes:
+            console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
+    if config.verify:
+        return verify(config, store, pairs, scorer)
+    rows = rows_of_pairs(pairs)
+    if config.url is not None:
+        from selective_pref_adapters.reference_store.served import steady
+
+        scorer = steady(store, rows, scorer, tell=partial(tqdm.write, file=sys.stderr))  # above the bar
+    report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
+    if rank == 0:
+        if report.scored:
+            with writing(store.folder):
+                note_filling(store.folder, max_length_in_force(config, context), config.truncation_mode)
+        print_report(Console(), config, store, len(pairs), report)
+    return report
+
+
+def check_config(config: ScoreConfig) -> None:
+    """Raises ValueError at the first option that makes no sense, alone or beside another."""
+    modes = [name for name in ("stat", "verify", "prune") if getattr(config, name)]
+    if len(modes) > 1:
+        raise ValueError(f"--{modes[0]} and --{modes[1]} are two different things to do: give one")
+    if config.stat or config.prune:
+        if config.pairs is not None and config.tokenizer is None and (config.ref_model is None or config.url):
+            raise ValueError(
+                "rows are found by their token ids: give --tokenizer (or a local --ref-model) with --pairs"
+            )
+    else:
+        for name in ("ref_model", "pairs"):
+            if getattr(config, name) is None:
+                raise ValueError(f"give --{name.replace('_', '-')} (or --stat or --prune alone)")
+        if config.url is not None and config.revision is None:
+            raise ValueError(
+                "nobody can see from here which weights a server has: give --revision, any name that you change "
+                "whenever they change"
+            )
+        if config.url is not None and config.tokenizer is None and not Path(str(config.ref_model)).is_dir():
+            raise ValueError("give --tokenizer: the folder or hub id of the served model's tokenizer")
+    if config.verify and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--verify runs on one process: start it without torchrun")
+    for name in ("batch_tokens", "verify_rows", "rows_per_request", "concurrency", "attempts"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+Reference = tuple[ReferenceStore, Scorer, Any, int | None]
+"""(its space of the store, how it is asked, its tokenizer, how many tokens it can read)."""
+
+
+def local_reference(config: ScoreConfig) -> Reference:
+    """The model of `ref_model` on this process's device."""
+    name = str(config.ref_model)
+    tokenizer = load_tokenizer(name)
+    model = load_frozen(config, name)
+    label = Path(name).name if Path(name).exists() else name
+    store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
+    scorer = partial(local_scores, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)
+    return store, scorer, tokenizer, context_length(model)
+
+
+def served_reference(config: ScoreConfig) -> Reference:
+    """The model that `url` serves under the name `ref_model`."""
+    from selective_pref_adapters.reference_store.served import (  # needs an HTTP client
+        Server,
+        served_scorer,
+        served_space,
+    )
+
+    headers = {} if config.api_key_variable is None else {"Authorization": f"Bearer {api_key(config.api_key_variable)}"}
+    server = Server(
+        url=str(config.url),
+        model=str(config.ref_model),
+        protocol=config.protocol,
+        concurrency=config.concurrency,
+        rows_per_request=config.rows_per_request,
+        timeout=config.timeout,
+        attempts=config.attempts,
+        headers=headers,
+    )
+    tokenizer = load_tokenizer(config.tokenizer or str(config.ref_model))
+    space = served_space(server.model, str(config.revision), tokenizer)
+    store = ReferenceStore.create(config.store, space)
+    return store, served_scorer(server, tokenizer), tokenizer, None
+
+
+def api_key(variable: str) -> str:
+    """The key that an environment variable holds. No error shows it, also where it stands in the variable's place."""
+    from selective_pref_adapters.reference_store.server import sendable
+
+    named = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "that --api-key-variable names"
+    if variable not in os.environ:
+        raise ValueError(f"the environment variable {named} is not set. The flag takes its name, not the key")
+    key = sendable(os.environ[variable], f"the key in the environment variable {named}")
+    if len(key.split()) > 1:
+        raise ValueError(f"the key in the environment variable {named} holds a blank, which no key has")
+    return key
+
+
+def load_frozen(config: ScoreConfig, name: str) -> torch.nn.Module:
+    """A causal LM from a folder or hub id, frozen, on this process's device."""
+    model = load_model(name, dtype=config.dtype, attention=config.attention)
+    return model.to(_device()).eval().requires_grad_(False)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def process_rank() -> int:
+    """This process's rank; under torchrun, of a process group that only counts and waits.
+
+    The group stays until the process ends: a second one would not find its way past the first one's traces.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def load_pairs(
+    config: ScoreConfig, tokenizer: Any, context: int | None, *, progress: bool = True
+) -> tuple[list[TokenizedPair], list[str]]:
+    """(the pairs as token ids, what a reader should know about them)."""
+    if config.max_length is not None and context is not None and config.max_length > context:
+        raise ValueError(
+            f"max_length {config.max_length} is longer than the reference can read ({context} tokens): give "
+            f"--max-length {context} or less, the same in training"
+        )
+    malformed: list[str] | None = [] if config.skip_malformed_rows else None
+    rows = read_rows(str(config.pairs), malformed)
+    pairs, report = tokenize_pairs(
+        rows,
+        tokenizer,
+        max_length=max_length_in_force(config, context),
+        truncation_mode=config.truncation_mode,
+        keep_unteachable=True,  # who trains on them looks for them
+        progress=progress,
+    )
+    notes = report.lines()
+    if malformed:
+        notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+    return pairs, notes
+
+
+def max_length_in_force(config: ScoreConfig, context: int | None) -> int:
+    """How many tokens of a row are kept: as configured, else what the reference can read, at most 4096."""
+    return config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH)
+
+
+def _pairs_without_reference(config: ScoreConfig) -> tuple[list[TokenizedPair] | None, str]:
+    """(the pairs where no model is loaded, None where none are named; how they were cut)."""
+    if config.pairs is None:
+        return None, ""
+    name = config.tokenizer or str(config.ref_model)
+    context = config.max_length
+    if context is None and config.ref_model is not None and Path(config.ref_model).is_dir():
+        from transformers import AutoConfig
+
+        context = context_length(AutoConfig.from_pretrained(config.ref_model))
+    cut = f"max_length {max_length_in_force(config, context)} ({config.truncation_mode})"
+    return load_pairs(config, load_tokenizer(name), context)[0], cut
+
+
+# --- what a reader sees ----------------------------------------------------------------------------------------------
+
+
+def print_report(
+    console: Console, config: ScoreConfig, store: ReferenceStore, pairs: int, report: ScoringReport
+) -> None:
+    """What filling took."""
+    speed = f", {report.tokens / report.seconds:,.0f} tokens a second" if report.scored else ""
+    console.print(
+        f"{pairs} pairs, {report.rows} different rows: {report.hits} were stored, {report.scored} scored in "
+        f"{report.seconds:.1f} s with {report.forward_passes} calls of the reference{speed}",
+        soft_wrap=True,
+    )
+    console.print(f"store: {config.store}, space {store.space.name} ({store.space.label})", soft_wrap=True)
+
+
+def verify(config: ScoreConfig, store: ReferenceStore, pairs: Sequence[TokenizedPair], scorer: Scorer) -> Comparison:
+    """Scores a sample again. Raises ValueError where it differs by more than it may."""
+    tolerance = config.verify_tolerance
+    if tolerance is None:
+        tolerance = 1e-3 if config.dtype == "float32" and config.url is None else 0.5
+    seen = compare_rows(store, rows_of_pairs(pairs), scorer, sample=config.verify_rows, seed=config.verify_seed)
+    summary = (
+        f"{seen.rows} stored rows scored again: {seen.identical} equal bit by bit, largest difference "
+        f"{seen.max_difference:.3g} nats, mean {seen.mean_difference:.3g}"
+    )
+    if seen.max_difference > tolerance:
+        raise StoreError(
+            f"{summary}, most at {seen.worst}: more than {tolerance:g}. These rows were not given by this reference: "
+            f"remove {store.folder} and score again"
+        )
+    if config.url is not None and config.verify_tolerance is None:
+        from selective_pref_adapters.reference_store.served import DRIFT
+
+        if seen.mean_difference > DRIFT:
+            raise StoreError(
+                f"{summary}, more than {DRIFT} in the mean: another model is served there now, or the same in another "
+                "dtype. Give it another --revision"
+            )
+    Console().print(summary, soft_wrap=True)
+    return seen
+
+
+def show_stat(config: ScoreConfig, console: Console) -> None:
+    """A table of the references of a store; with pairs, how many rows each lacks."""
+    pairs, cut = _pairs_without_reference(config)
+    notes: list[str] = []
+    names, unusable = _names_of_spaces(config)
+    table = Table(title=config.store)
+    columns = ["space", "reference", "rows", "log-probs", "MB", "shards", "damaged"]
+    for column in columns + (["lacks"] if pairs is not None else []):
+        table.add_column(column, justify="left" if column in ("space", "reference") else "right", overflow="fold")
+    for name in names:
+        with ReferenceStore.open(config.store, name) as store:
+            stat = store.stat()
+            cells = [name[:8], store.space.label, f"{stat.rows}", f"{stat.values}", f"{stat.bytes / 1e6:.1f}"]
+            cells += [f"{stat.shards}", f"{len(stat.damaged)}"]
+            if pairs is not None:
+                rows = {row.key: row for row in rows_of_pairs(pairs) if row.values}
+                lacking = store.missing_rows(rows.values())
+                cells.append(f"{len(lacking)} of {len(rows)}")
+                if lacking:
+                    notes.append(f"{store.space.label}: {store.lengths(list(rows.values()))}")
+            table.add_row(*cells)
+    console.print(table)
+    if notes:
+        console.print(
+            f"These pairs were cut at {cut}. Rows are found only where that is what the store was filled with: give "
+            "the same --max-length and --truncation-mode to `score` and to training",
+            soft_wrap=True,
+        )
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if empty := empty_spaces(Path(config.store)):
+        console.print(
+            f"{len(empty)} without rows, left out: {', '.join(f.name[:8] for f in empty)}. --prune removes them",
+            soft_wrap=True,
+        )
+    for name, reason in unusable.items():
+        console.print(f"{name}: {reason}", soft_wrap=True)
+
+
+def prune_spaces(config: ScoreConfig, console: Console) -> None:
+    """Tidies up one space or all, and removes what then has no rows."""
+    pairs, _ = _pairs_without_reference(config)
+    names, unusable = _names_of_spaces(config)
+    for name in names:
+        with ReferenceStore.open(config.store, name) as store:
+            done = prune(store, None if pairs is None else rows_of_pairs(pairs))
+            console.print(
+                f"{name[:8]} ({store.space.label}): {done.rows} rows kept, {done.removed_rows} removed; "
+                f"{done.bytes_before / 1e6:.1f} MB in {done.shards_before} shards before, {done.bytes / 1e6:.1f} MB in "
+                f"{done.shards} now",
+                soft_wrap=True,
+            )
+    for name, reason in unusable.items():
+        console.print(f"{name}: left alone. {reason}", soft_wrap=True)
+    with writing(Path(config.store)):
+        removed = remove_empty_spaces(Path(config.store), None if config.space is None else names)
+    for name in removed:
+        console.print(f"{name[:8]}: removed, it held no rows", soft_wrap=True)
+
+
+def _names_of_spaces(config: ScoreConfig) -> tuple[list[str], dict[str, str]]:
+    """(names of the spaces that are meant, folder → reason of those that cannot be used)."""
+    if config.space is not None:
+        with ReferenceStore.open(config.store, config.space) as store:
+            return [store.space.name], {}
+    found, unusable = read_spaces(Path(config.store))
+    return [space.name for space in found], unusable

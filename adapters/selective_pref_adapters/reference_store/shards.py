@@ -1,0 +1,215 @@
+"""One file of reference log-probs: how rows become bytes on disk, and which bytes are believed.
+
+In: rows as (key → float32 values). Out: a safetensors file whose name is the digest of its header and index, and whose
+rows each have a checksum. A file is there whole or not at all, is never changed, and nothing of it is handed out that
+does not fit its checksum. Values are read from the file row by row, not mapped: a file that shrinks under a reader
+costs it that row, not its life.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from selective_pref_adapters.files import existing
+
+FORMAT = 1
+"""Version of the files; another one is not read."""
+
+KEY_BYTES = 16
+SUFFIX = ".safetensors"
+_CHECK_BYTES = 8
+_ABANDONED_AFTER_SECONDS = 3600  # a file that is being written is younger
+_INDEX = ("keys", "offsets", "checksums")
+_ABOUT = "selective-pref reference log-probs"
+
+
+class StoreError(ValueError):
+    """A store that cannot be used as asked. The message says what was found and what to do."""
+
+
+class DamagedStoreError(StoreError):
+    """A manifest or vocabulary that is gone or damaged; scoring with the same reference writes it again."""
+
+
+class StoreWriteError(OSError):
+    """Rows could not be written (disk full, folder read-only). What was stored before is intact."""
+
+
+class DamageError(Exception):
+    """A shard that is not believed; the message is the reason."""
+
+
+class OtherFormatError(DamageError):
+    """A whole shard, written by another version."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The index of a shard's file: everything but the values.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        start: where the values begin in it.
+        offsets: of each row's values, int64 [rows + 1].
+    """
+
+    path: Path
+    bytes: int
+    start: int
+    _keys: bytes
+    offsets: np.ndarray
+    _checksums: bytes
+
+    @classmethod
+    def read(cls, path: Path, space: str) -> Shard:
+        """The index of the file at `path`.
+
+        Raises:
+            DamageError: it is not whole, or not a shard of this space and format.
+            FileNotFoundError: it is gone.
+        """
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                start = 8 + int.from_bytes(_pread(file, 8, 0), "little")
+                if size < 8 or start > size:
+                    raise DamageError(f"truncated to {size} bytes")
+                head = _pread(file, start, 0)
+                header = _header(head)
+                spans = {name: _span(header, name) for name in (*_INDEX, "values")}
+                if size != start + max(last for _, last in spans.values()):
+                    raise DamageError(f"truncated or extended to {size} bytes")
+                parts = [_pread(file, last - first, start + first) for first, last in map(spans.__getitem__, _INDEX)]
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DamageError(f"cannot be read: {error.strerror}") from error
+        if _index_digest(head, parts) + SUFFIX != path.name:
+            raise DamageError("header and index do not have the digest that is its name")
+        about = json.loads(header["__metadata__"][_ABOUT])
+        if about["format"] != FORMAT:
+            raise OtherFormatError(f"written in format {about['format']}; this version reads {FORMAT}")
+        if about["space"] != space:
+            raise DamageError(f"belongs to another reference ({about['space']})")
+        offsets = np.frombuffer(parts[1], dtype="<i8")
+        return cls(path, size, start + spans["values"][0], parts[0], offsets, parts[2])
+
+    def keys(self) -> list[bytes]:
+        """The keys of its rows."""
+        return [self._keys[at : at + KEY_BYTES] for at in range(0, len(self._keys), KEY_BYTES)]
+
+    def length(self, row: int) -> int:
+        """How many values a row has."""
+        return int(self.offsets[row + 1] - self.offsets[row])
+
+    def values(self, file: Any, row: int) -> np.ndarray | None:
+        """A row's float32 values, read from the open file; None where they do not have their checksum."""
+        raw = _pread(file, 4 * self.length(row), self.start + 4 * int(self.offsets[row]))
+        key = self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]
+        if _checksum(key, raw) != self._checksums[row * _CHECK_BYTES : (row + 1) * _CHECK_BYTES]:
+            return None
+        return np.frombuffer(raw, dtype="<f4")
+
+
+def _pread(file: Any, size: int, start: int) -> bytes:
+    """`size` bytes from `start` on; fewer only where the file ends. Moves no position: forks may share the file."""
+    parts: list[bytes] = []
+    while size > 0 and (part := os.pread(file.fileno(), size, start)):
+        parts.append(part)
+        size, start = size - len(part), start + len(part)
+    return b"".join(parts)
+
+
+def _header(head: bytes) -> dict[str, Any]:
+    """The header of a safetensors file that begins with `head`."""
+    try:
+        header = json.loads(head[8:])
+        for name in (*_INDEX, "values"):
+            _span(header, name)
+        json.loads(header["__metadata__"][_ABOUT])["format"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamageError("its header is not that of a shard") from error
+    return header
+
+
+def _span(header: dict[str, Any], name: str) -> tuple[int, int]:
+    """Where a tensor begins and ends, counted from the end of the header."""
+    first, last = header[name]["data_offsets"]
+    if not 0 <= int(first) <= int(last):
+        raise ValueError(name)
+    return int(first), int(last)
+
+
+def _index_digest(header: bytes, parts: Sequence[bytes]) -> str:
+    digest = hashlib.blake2b(header, digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def shard_bytes(rows: Mapping[bytes, bytes], space: str) -> tuple[str, bytes]:
+    """(name, content) of the file that holds these rows: key → values."""
+    checksums = b"".join(_checksum(key, raw) for key, raw in rows.items())
+    tensors = {
+        "keys": np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, KEY_BYTES),
+        "offsets": np.cumsum([0, *(len(raw) // 4 for raw in rows.values())], dtype="<i8"),
+        "checksums": np.frombuffer(checksums, dtype=np.uint8).reshape(-1, _CHECK_BYTES),
+        "values": np.frombuffer(b"".join(rows.values()), dtype="<f4"),
+    }
+    about = json.dumps({"format": FORMAT, "space": space})  # one entry: their order would be left to chance
+    data = save(tensors, metadata={_ABOUT: about})
+    start = 8 + int.from_bytes(data[:8], "little")
+    spans = [_span(_header(data[:start]), name) for name in _INDEX]
+    return _index_digest(data[:start], [data[start + first : start + last] for first, last in spans]) + SUFFIX, data
+
+
+def _checksum(key: bytes, raw: bytes) -> bytes:
+    return hashlib.blake2b(raw, digest_size=_CHECK_BYTES, key=key).digest()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StoreWriteError where nothing can be written, or the folder cannot be made; leaves nothing behind."""
+    with writing(folder):
+        probe = existing(folder) / f".{secrets.token_hex(8)}.tmp"
+        probe.touch(exist_ok=False)
+        probe.unlink()
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file was written aside and is old enough to have no writer any more."""
+    try:
+        aside = path.name.startswith(".") and path.suffix == ".tmp"
+        return aside and time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS
+    except FileNotFoundError:
+        return False  # it has its own name now
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns an OSError into a StoreWriteError that names the folder."""
+    try:
+        yield
+    except StoreWriteError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            error.errno,
+            f"cannot write to the reference store {folder}: {error.strerror or error}. What was stored before is "
+            "intact: make room, or give a folder that can be written to, and run the same command again",
+        ) from error

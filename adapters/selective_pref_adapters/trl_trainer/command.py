@@ -1,0 +1,156 @@
+"""`selective-pref dpo`: TRL's `trl dpo` with a selection of tokens. In: flags and a YAML file. Out: a trained model.
+
+The flags are those of `ScriptArguments`, `SelectiveDPOConfig`, `ModelConfig` and `DatasetMixtureConfig` together, read
+by `TrlParser`: names in a YAML file are the flags, flags given by hand win, and unknown names are errors. The recipes
+in `recipes/dpo` may be named by their file name alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import load_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from selective_pref_adapters.recipes import config_file
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class SelectiveDPOArguments(ScriptArguments):
+    """`ScriptArguments` with a reference.
+
+    Attributes:
+        ref_model_name_or_path: folder or hub id of the reference; the stronger the better. None: the initial policy,
+            or what `reference_store` holds.
+    """
+
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reference model: a folder or hub id with the policy's tokenizer."}
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains as the flags say, saves the model to `--output_dir`."""
+    parser = TrlParser(
+        (SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig),
+        prog="selective-pref dpo",
+        description="DPO on the tokens that matter, with TRL's trainer. --config FILE.yaml reads these flags from a "
+        "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
+    )
+    words = with_config_file(parser, arguments)
+    if "--deepspeed" in words and not torch.cuda.is_available():
+        start_deepspeed_on_cpu()
+    script, args, model, mixture = parser.parse_args_and_config(args=words)
+    if not model.model_name_or_path:
+        raise ValueError("no policy: give --model_name_or_path FOLDER_OR_HUB_ID")
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    splits = load_splits(script, mixture)
+    trainer = SelectiveDPOTrainer(
+        model=model.model_name_or_path,
+        ref_model=script.ref_model_name_or_path,
+        args=args,
+        train_dataset=split_of(splits, script.dataset_train_split),
+        eval_dataset=split_of(splits, script.dataset_test_split) if args.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    if script.ignore_bias_buffers:  # boolean masks that some architectures keep as buffers; DDP would send them around
+        masks = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = masks
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"model saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
+    """The arguments without `--config NAME`, whose settings become the parser's defaults, as `TrlParser` has them.
+
+    A file of DeepSpeed settings that the YAML file names is found beside it.
+
+    Raises:
+        FileNotFoundError: neither a file of that name nor a recipe of this command.
+        ValueError: the file is no mapping of options to values, or names an option that there is not.
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words[:-1]:
+        return words
+    place = words.index("--config")
+    path = config_file(words[place + 1], "dpo")
+    del words[place : place + 2]
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
+        raise ValueError(f"{path} must hold 'name: value' lines ('env' holds such lines, too)")
+    os.environ.update({str(name): str(value) for name, value in settings.pop("env", {}).items()})
+    options = {action.dest: action for action in parser._actions}
+    for name, value in settings.items():
+        if name not in options:
+            near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+            meant = f": did you mean {near[0]!r}?" if near else "; --help lists them all"
+            raise ValueError(f"{path}: there is no option {name!r}{meant}")
+        if value is False and "no" in (options[name].choices or ()):
+            settings[name] = "no"  # YAML reads a bare `no` as False
+    beside = path.parent / str(settings.get("deepspeed"))
+    if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
+        words += ["--deepspeed", str(beside)]
+    parser.set_defaults_with_config(**settings)
+    return words
+
+
+def start_deepspeed_on_cpu() -> None:
+    """Joins the processes of `torchrun` over gloo; DeepSpeed would compile an all-reduce of its own for a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def load_splits(script: SelectiveDPOArguments, mixture: DatasetMixtureConfig) -> Any:
+    """The splits of the data set that was named: on the hub, in a folder, in one file, or a mixture."""
+    if mixture.datasets and script.dataset_name:
+        raise ValueError("dataset_name and datasets (a mixture) are both given: leave one of them out")
+    if mixture.datasets:
+        return get_dataset(mixture)
+    if not script.dataset_name:
+        raise ValueError("no preference pairs: give --dataset_name, a hub id, a folder or a .jsonl/.json/.parquet file")
+    path = Path(script.dataset_name)
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise ValueError(f"cannot read {path}: expected {', '.join(_BUILDERS)}, a folder or a hub id")
+    if path.is_file():
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def split_of(splits: Any, name: str) -> Any:
+    """One split, or an error that lists those there are."""
+    if name not in splits:
+        raise ValueError(
+            f"the data set has no split {name!r}, only {sorted(splits)}: name another (--dataset_train_split, "
+            "--dataset_test_split), or switch evaluation off (--eval_strategy no)"
+        )
+    return splits[name]

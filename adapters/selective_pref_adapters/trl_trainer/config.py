@@ -1,0 +1,226 @@
+"""The options of `SelectiveDPOTrainer`, and which of `DPOConfig`'s mean something when tokens are selected.
+
+In: what a script, a YAML file or flags say. Out: a checked `SelectiveDPOConfig`. No option is silently ignored: every
+field of the installed `DPOConfig` is either read, or an error that says what to do instead once it is set.
+
+Importing this module checks the installed version of TRL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+from transformers import TrainingArguments
+from trl import DPOConfig
+
+from selective_pref import Objective, Response, ScoreFunction, alignment_scores, excess_loss_scores, selective_dpo_loss
+from selective_pref_adapters.objectives import Schedule, check_objective
+from selective_pref_adapters.options import SelectionOptions, SharePrefix
+
+OLDEST_TRL, FIRST_UNTRIED_TRL = "1.14", "1.17"
+"""The supported range: from the first, below the second."""
+
+
+def check_trl_version(version: str) -> None:
+    """Raises ImportError for a version of TRL outside the supported range."""
+    if not Version(OLDEST_TRL) <= Version(version) < Version(FIRST_UNTRIED_TRL):
+        raise ImportError(
+            f"selective_pref_adapters.trl_trainer supports trl >={OLDEST_TRL},<{FIRST_UNTRIED_TRL}; installed is "
+            f"{version}: pip install 'trl>={OLDEST_TRL},<{FIRST_UNTRIED_TRL}'"
+        )
+
+
+check_trl_version(trl.__version__)
+
+
+def random_scores(chosen: Response, rejected: Response) -> tuple[torch.Tensor, torch.Tensor]:
+    """A control: which tokens are kept is left to chance."""
+    return torch.rand_like(chosen.log_ratios), torch.rand_like(rejected.log_ratios)
+
+
+SCORES: dict[str, ScoreFunction] = {
+    "alignment": alignment_scores,
+    "excess_loss": excess_loss_scores,
+    "random": random_scores,
+}
+"""The names that `scores` may have besides ``"module:function"``."""
+
+
+@dataclass
+class SelectiveDPOConfig(SelectionOptions, DPOConfig):
+    """`DPOConfig` with the options of a selection: those of `SelectionOptions`, and the following.
+
+    Attributes:
+        max_length: tokens of prompt + completion; None for what policy and reference can read, at most the paper's
+            4096 (the trainer then writes the number here). More than they can read is an error.
+        selection_warmup_steps: optimiser steps over which the ratio falls from 1 (DPO) to `selection_ratio`.
+            Evaluation always uses `selection_ratio`.
+        scores: what tokens are selected by: "alignment" (Eq. 6), "excess_loss", "random", or "module:function" for a
+            function (chosen, rejected) → scores of both. In code the function itself may be given.
+        reference_store: folder of stored reference log-probs, read instead of running a reference. With a `ref_model`
+            or `precompute_ref_log_probs`, what it lacks is scored before training.
+        reference_space: which reference of that folder (its name or label), where it holds several.
+        raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
+        fused_head: compute log-probs without materialising the logits, wherever the model allows it.
+        share_prefix: `auto` computes a pair's prompt once, and no padding, wherever `fused_head` and the model allow it;
+            `off` does not.
+    """
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of prompt + completion. Default: what all models can read, at most 4096."},
+    )
+    selection_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimiser steps over which the ratio falls from 1 to selection_ratio."}
+    )
+    scores: str = field(
+        default="alignment",
+        metadata={"help": "What tokens are selected by: alignment, excess_loss, random, or 'module:function'."},
+    )
+    reference_store: str | None = field(
+        default=None, metadata={"help": "Folder of stored reference log-probs, read instead of running a reference."}
+    )
+    reference_space: str | None = field(
+        default=None, metadata={"help": "Which reference of that folder, where it holds several."}
+    )
+    raise_on_non_finite: bool = field(
+        default=True, metadata={"help": "Stop on all processes before a loss that is not finite reaches the weights."}
+    )
+    fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
+    share_prefix: SharePrefix = field(
+        default="auto", metadata={"help": "Compute a pair's prompt once, and no padding (auto), or not (off)."}
+    )
+
+    def __post_init__(self) -> None:
+        if callable(self.scores):
+            self.scores = _name_of(self.scores)  # so that the configuration can be written down and sent around
+        if self.reference_store is not None:
+            self.reference_store = str(self.reference_store)
+        super().__post_init__()
+        check_options(self)
+
+    def ratio(self, step: int | None = None) -> float:
+        """The share of tokens to keep, at an optimiser step or after the warm-up."""
+        warm_up = Schedule(start=1.0, end=self.selection_ratio, steps=self.selection_warmup_steps)
+        return self.selection_ratio if step is None else warm_up(step)
+
+    def objective(self, step: int | None = None) -> Objective:
+        """The loss as a callable (chosen, rejected) → PreferenceLoss; at an optimiser step, during the warm-up."""
+        return partial(
+            selective_dpo_loss,
+            beta=self.beta,
+            selection_ratio=self.ratio(step),
+            scores=score_function(self.scores),
+            pool=self.selection_pool,
+            ties=self.selection_ties,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def score_function(name: str) -> ScoreFunction:
+    """The score function that a configuration names: one of `SCORES`, or "module:function".
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    module, _, function = name.partition(":")
+    wanted = f"scores must be one of {sorted(SCORES)}, or 'module:function'; got {name!r}"
+    if not function:
+        raise ValueError(wanted)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{wanted}: {error}") from error
+    return found
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    known = {id(known): name for name, known in SCORES.items()}
+    if id(function) in known:
+        return known[id(function)]
+    name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+    if "<" in name or name.startswith(":") or name.endswith(":"):
+        raise ValueError(
+            f"scores must be a function that can be imported by name; got {function!r}. Define it at the top of a "
+            "module, or give the trainer objective=functools.partial(selective_dpo_loss, ..., scores=...)"
+        )
+    return name
+
+
+# --- DPOConfig's own options -----------------------------------------------------------------------------------------
+
+_READ = {
+    "model_init_kwargs",
+    "trust_remote_code",
+    "disable_dropout",
+    "dataset_num_proc",
+    "pad_token",
+    "max_length",
+    "truncation_mode",
+    "pad_to_multiple_of",
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "label_smoothing",
+    "beta",
+    "activation_offloading",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "router_aux_loss_coef",
+}
+"""Options of `DPOConfig` that mean under selection what they mean to the stock trainer."""
+
+_OTHER_LOSS = (
+    "the loss is -log sigmoid of the selected margins: for another, give the trainer objective=, any callable "
+    "(chosen, rejected) -> PreferenceLoss"
+)
+_INSTEAD = {
+    "loss_type": _OTHER_LOSS,
+    "loss_weights": _OTHER_LOSS,
+    "f_divergence_type": _OTHER_LOSS,
+    "f_alpha_divergence_coef": _OTHER_LOSS,
+    "discopop_tau": _OTHER_LOSS,
+    "ld_alpha": "which tokens count is decided by selection_ratio and scores: leave it out",
+    "use_weighting": "it would weight pairs by log-probs of tokens that were not selected: leave it out",
+    "padding_free": "the batch must be [2B T], chosen rows first: leave it out (TRL ignores it, too)",
+    "label_smoothing_factor": "it smooths labels of tokens, not of pairs: set label_smoothing",
+}
+
+
+def check_options(args: SelectiveDPOConfig) -> None:
+    """Raises ValueError at the first option that has no meaning under selection, alone or beside another."""
+    general = {f.name for f in dataclasses.fields(TrainingArguments)} - {"label_smoothing_factor"}
+    for option in dataclasses.fields(DPOConfig):
+        if option.name in general or option.name in _READ:
+            continue
+        value, default = getattr(args, option.name), default_of(option)
+        if value != default:
+            instead = _INSTEAD.get(option.name, "leave it out")
+            raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
+    if args.selection_warmup_steps < 0:
+        raise ValueError(f"selection_warmup_steps must be at least 0; got {args.selection_warmup_steps}")
+    if args.sync_ref_model and (args.reference_store is not None or args.precompute_ref_log_probs):
+        raise ValueError(
+            "sync_ref_model changes the reference during training, so its stored log-probs would be wrong: leave "
+            "reference_store and precompute_ref_log_probs out, or sync_ref_model"
+        )
+    if args.reference_space is not None and args.reference_store is None:
+        raise ValueError("reference_space names a reference of a store: give reference_store, too")
+    check_objective(args.objective())  # β, ratio, pool, ties, label smoothing
+
+
+def default_of(option: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field."""
+    return option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]

@@ -1,0 +1,70 @@
+"""Stored reference log-probs for `SelectiveDPOTrainer`: which rows it will read, and how they reach the loss.
+
+In: a data set as TRL has prepared it, and the collator that cuts its rows. Out: their token ids, by which a
+`ReferenceStore` finds them; batches with the stored log-probs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from selective_pref_adapters.batch import REF_LOGPS, to_bits
+from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.reference_store.store import ReferenceStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithStoredReference:
+    """A collator that adds the stored log-probs of a batch, as int32 bits: trainers cast floats, and leave integers."""
+
+    collator: Any
+    store: ReferenceStore
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The collated batch with `REF_LOGPS` [2B T]."""
+        batch = self.collator(examples)
+        return {**batch, REF_LOGPS: to_bits(self.store.lookup(batch))}
+
+
+def check_stored_dataset(name: str, dataset: Any) -> None:
+    """Raises unless the data set can be read before training, as stored reference log-probs need."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"the {name} data set is a {type(dataset).__name__}: stored reference log-probs need one that is read "
+            "before training. Give a datasets.Dataset, or a ref_model and no store"
+        )
+
+
+def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
+    """The token ids of every row as the collator will cut them.
+
+    Raises:
+        ValueError: the data set cannot be read twice, or a completion is not the end of its row.
+    """
+    check_stored_dataset(name, dataset)
+    pairs = []
+    for number, example in enumerate(dataset):
+        batch = collator([example])
+        sides = []
+        for row in range(2):
+            attended = batch["attention_mask"][row] != 0
+            completion = batch["completion_mask"][row][attended] != 0
+            ids = batch["input_ids"][row][attended].tolist()
+            prompt_length = len(ids) - int(completion.sum())
+            if bool(completion[:prompt_length].any()):
+                raise ValueError(f"{name}, row {number}: only completions that end their row can be stored")
+            sides.append((ids, prompt_length))
+        (chosen_ids, chosen_prompt_length), (rejected_ids, rejected_prompt_length) = sides
+        pairs.append(
+            TokenizedPair(
+                chosen_ids=chosen_ids,
+                rejected_ids=rejected_ids,
+                chosen_prompt_length=chosen_prompt_length,
+                rejected_prompt_length=rejected_prompt_length,
+                place=f"{name}, row {number}",
+            )
+        )
+    return pairs

@@ -1,0 +1,239 @@
+"""TRL's `DPOTrainer` with a selection of tokens: change two names in a script, and everything else stays.
+
+In: what `DPOTrainer` takes. Out: what it trains, logs and saves, with the loss of this library. Data, collation,
+models, LoRA, DeepSpeed, checkpoints are TRL's; ours are the loss (`compute_loss`), what is logged of it, and where the
+reference's per-token log-probs come from: a frozen model, the policy with its adapter off, or a `ReferenceStore`.
+
+    batch → per-token log-probs of policy and reference → objective → loss
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from trl import DPOTrainer
+
+from selective_pref import Objective, PreferenceLoss
+from selective_pref.fused import LogitStatistics
+from selective_pref_adapters.batch import Batch
+from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
+from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
+from selective_pref_adapters.models import check_reloadable, usable_length
+from selective_pref_adapters.monitoring import (
+    SELF_REFERENCE,
+    MetricWindow,
+    evaluation_mean,
+    finite_everywhere,
+    non_finite_error,
+    own_pairs,
+)
+from selective_pref_adapters.objectives import loss_of_batch, needs_reference
+from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.forward import take_back_forward
+from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
+from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
+from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
+
+logger = logging.getLogger(__name__)
+
+
+class SelectiveDPOTrainer(DPOTrainer):
+    """`DPOTrainer` whose loss looks at the tokens that matter.
+
+    Args:
+        model: as in `DPOTrainer`.
+        ref_model: a model, a folder or a hub id; None for the initial policy (legal, and nearly useless below ratio 1:
+            a warning says so), or for whatever `args.reference_store` holds. It may have another size, but must have
+            the policy's tokenizer.
+        args: a `SelectiveDPOConfig`.
+        data_collator, train_dataset, eval_dataset, processing_class, others: as in `DPOTrainer`.
+        objective: any callable (chosen, rejected) → PreferenceLoss in place of the Selective-DPO that `args`
+            describes. It is asked once whether it needs a reference; one that does not runs without.
+
+    Raises:
+        TypeError: `args` is no `SelectiveDPOConfig`.
+        ValueError: an option, model, reference, store or data set that has no meaning here; says what to do instead.
+    """
+
+    _name = "Selective-DPO"
+    _tag_names: ClassVar[list[str]] = ["trl", "dpo", "selective-dpo"]
+    _paper: ClassVar[dict[str, str]] = {}  # the model card would cite DPO's for it; the project's CITATION.cff has both
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: SelectiveDPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        objective: Objective | None = None,
+        **others: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
+        self._custom_objective = objective
+        self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._checked = False
+        check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
+        revision = (args.model_init_kwargs or {}).get("revision")
+        configs = {"policy": config_of(model, args, revision=revision)}
+        if ref_model is not None:
+            configs["reference"] = config_of(ref_model, args)
+        args.max_length = usable_length(args.max_length, configs)
+        self.reference = TrainerReference(
+            self,
+            args,
+            needed=needs_reference(objective or args.objective()),
+            policy=model,
+            ref_model=ref_model,
+            adapter=has_adapter(model, others.get("peft_config")),
+            quantization_config=others.get("quantization_config"),
+        )
+        with self.reference.loaded_by_us() as beside_policy:
+            super().__init__(
+                model=model,
+                ref_model=beside_policy,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **others,
+            )
+        take_back_forward(self.model)
+        self._check_once()
+        if args.fused_head:
+            install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
+        self.precompute_ref_logps = self.reference.built()
+        selects = selects_by_alignment(args, objective)
+        if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
+            logger.warning("%s", SELF_REFERENCE)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `DPOTrainer.train`.
+
+        Raises:
+            ValueError: a run is resumed whose checkpoints transformers' `Trainer` does not load back completely.
+        """
+        if resume_from_checkpoint:
+            check_reloadable(self, "resume_from_checkpoint")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean loss of a micro-batch: the place where TRL's trainer calls this library.
+
+        In an evaluation on several processes, pairs that were repeated to fill up the last batch are not counted.
+        """
+        logps, statistics = model_logps_and_statistics(model, inputs)
+        ref_logps = self.reference.logps_of(inputs)
+        out = loss_of_batch(self.objective, inputs, logps, ref_logps)
+        if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
+            raise non_finite_error(out, f"step {self.state.global_step + 1}")
+        pairs = len(out.losses)
+        own = pairs if self._mode == "train" else own_pairs(pairs)
+        self._add_metrics(inputs, out, logps, ref_logps, statistics, own)
+        counted = torch.arange(pairs, device=out.losses.device) < own
+        loss = out.loss if self._mode == "train" else evaluation_mean(out.losses, counted)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # the logits that `compute_metrics` asks for were never made
+            return loss, model(**inputs_of(model, inputs))
+
+    @property
+    def objective(self) -> Objective:
+        """(chosen, rejected) → PreferenceLoss, at this step."""
+        if self._custom_objective is not None:
+            return self._custom_objective
+        return self.args.objective(self._step)
+
+    @property
+    def _step(self) -> int | None:
+        """The optimiser step in training; None in an evaluation, whose loss must not depend on it."""
+        return self.state.global_step if self._mode == "train" else None
+
+    # --- before the first step ---------------------------------------------------------------------------------------
+
+    def _check_once(self) -> None:
+        """Checks the models that TRL has loaded, before a row is scored with them."""
+        if not self._checked:
+            check_built(self, self.reference.model, self.reference.tokenizer)
+            self.reference.check()
+            self._checked = True
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's hook that computes one float per sequence; here every token's log-prob is in the store afterwards."""
+        if not self.reference.stored:
+            return dataset
+        self._check_once()
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        pairs = pairs_of(dataset, collator, name)
+        check_stored_inputs(self.model, collator([dataset[0]]))
+        take_back_forward(self.model)
+        store = self.reference.store_rows(pairs, batch_size)
+        if not isinstance(self.data_collator, WithStoredReference):
+            self.data_collator = WithStoredReference(collator=self.data_collator, store=store)
+        return dataset
+
+    # --- what is logged ----------------------------------------------------------------------------------------------
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _add_metrics(
+        self,
+        inputs: Batch,
+        out: PreferenceLoss,
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        statistics: LogitStatistics,
+        own: int,
+    ) -> None:
+        """Adds a micro-batch to what is logged next: its first `own` pairs; others were seen before."""
+        pairs = len(out.losses)
+        if own < pairs:
+            rows = torch.arange(2 * pairs, device=logps.device) % pairs < max(own, 1)
+            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
+            statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})
+            out = loss_of_batch(self.objective, inputs, logps[rows], None if ref_logps is None else ref_logps[rows])
+        metrics = batch_metrics(inputs, out, statistics)
+        if self._custom_objective is None:
+            metrics["selection/ratio"] = out.losses.new_tensor(self.args.ratio(self._step))
+            metrics["selection/beta"] = out.losses.new_tensor(self.args.beta)
+        self._windows[self._mode].add(metrics, pairs=own)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log over all pairs of all processes, under TRL's names."""
+        mode = self._mode
+        means = self._windows[mode].close()
+        if means.pairs:
+            values = dict(means.values)
+            tokens = values.pop("tokens") * means.pairs
+            if mode == "train":
+                self._total_train_tokens += round(tokens) // getattr(self, "_tp_size", 1)
+            for name, value in token_means(values).items():
+                self._metrics[mode][name].append(value)
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
+
+def _all_sets(datasets: Any) -> list[Any]:
+    """The evaluation sets as a list."""
+    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
