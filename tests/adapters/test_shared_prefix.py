@@ -449,6 +449,21 @@ def test_where_there_is_nothing_to_share(layout: str) -> None:
     assert (count.tokens, count.calls) == (batch["input_ids"].numel(), 1)
 
 
+def test_positions_of_the_batch_s_own(layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = make("llama"), make_batch()
+    install_fused_head(model)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]).clone()
+    model_per_token_logps(model, batch)
+    count = Count(model)
+    model_per_token_logps(model, batch)
+    assert count.tokens == sum(map(sum, PAIRS))
+    batch["position_ids"][:, 30:] += 5
+    expected = plain(model, batch)
+    with caplog.at_level(logging.WARNING):
+        assert_same(logps_and_gradients(model, batch), expected, 0)
+    assert "are not counted from the first token" in caplog.text
+
+
 def test_switched_off(layout: str, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = make("llama"), make_batch()
     assert install_fused_head(model, share_prefix="off")
@@ -488,7 +503,7 @@ def test_a_model_that_ignores_what_it_is_given(
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(1e-3)
-    assert install_fused_head(model)
+    assert install_fused_head(model, at_first_call=True)
     expected = plain(model, batch)
     monkeypatch.setattr(layout_module, "continues", lambda causal: False)
     model.model.forward = Deaf(model.model, to).forward
@@ -517,7 +532,7 @@ def test_a_window_too_long_to_be_tried_is_not_crossed(
             with torch.no_grad():
                 model_per_token_logps(model, batch)
             assert count.tokens == tokens
-    assert ("a row is longer (49)" in caplog.text) == (layout == "packed")
+    assert ("for rows of 48 tokens at most" in caplog.text) == (layout == "packed")
 
 
 def test_frequencies_that_change_with_the_length(layout: str) -> None:

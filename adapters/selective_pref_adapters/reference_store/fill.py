@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,7 +59,7 @@ class ScoringReport:
         rows: different rows (sides of pairs) that were asked for.
         hits: those that were stored already.
         scored: those that were scored now.
-        forward_passes: calls of the model, or requests that were answered.
+        forward_passes: batches that the model was given, or requests that were answered.
         tokens: token positions of the rows that were scored.
         seconds: wall time of all of it, on this process.
     """
@@ -286,10 +287,14 @@ def local_scores(
     with _as_before(model):
         install_fused_head(model)
     device = next(model.parameters()).device
-    together = device.type != "cpu" or scores_rows_by_themselves(model)
-    score = row_per_token_logps if device.type == "cpu" and together else frozen_per_token_logps
-    kept = _by_prompt(rows) if together else [[row] for row in rows]
-    for group in _groups(kept, batch_tokens if device.type == "cuda" else 1):
+    if device.type == "cuda":
+        score, groups = frozen_per_token_logps, _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
+    elif scores_rows_by_themselves(model):
+        score = row_per_token_logps
+        groups = chain.from_iterable(_groups(some, batch_tokens) for some in _by_prompt(rows))
+    else:
+        score, groups = frozen_per_token_logps, ([row] for some in _by_prompt(rows) for row in some)
+    for group in groups:
         with _as_before(model), torch.autocast(device.type, enabled=False):
             logps = score(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
         yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=True)]
@@ -313,27 +318,23 @@ def _check_readable(rows: Sequence[Row], model: Any) -> None:
             )
 
 
-def _by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows that begin with the same prompt, prompt by prompt."""
+def _by_prompt(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The rows that begin with the same prompt, prompt by prompt; the longest first."""
     found: dict[bytes, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
         found.setdefault(row.ids[: int(row.mask.argmax())].tobytes(), []).append(row)
-    return list(found.values())
+    yield from found.values()
 
 
-def _groups(kept: Sequence[list[Row]], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows, those of `kept` together, whose padded batch has at most `batch_tokens` positions (or one of `kept`).
-
-    The longest come first.
-    """
+def _groups(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Consecutive rows whose padded batch has at most `batch_tokens` positions (or one row)."""
     group: list[Row] = []
-    widest = 0
-    for rows in sorted(kept, key=lambda rows: -max(len(row.ids) for row in rows)):
-        widest = widest or max(len(row.ids) for row in rows)
-        if group and (len(group) + len(rows)) * widest > batch_tokens:
+    for row in rows:
+        widest = max(len(one.ids) for one in [*group, row])
+        if group and (len(group) + 1) * widest > batch_tokens:
             yield group
-            group, widest = [], max(len(row.ids) for row in rows)
-        group = group + rows
+            group = []
+        group.append(row)
     if group:
         yield group
 

@@ -107,7 +107,7 @@ def lay_out(
     limit, reason = _verdict(causal, "packed")
     longest = max(group.longest for group in groups)
     if limit and longest > limit:
-        reason = f"some of its layers look back a limited way ({limit} tokens), and a row is longer ({longest})"
+        reason = f"it is known to be exact for rows of {limit} tokens at most, and a row is longer"
     if not reason:
         found = _packed(groups, device, causal, one_call=compiled or device.type != "cpu" or _gathers(causal))
     elif not compiled and continues(causal):
@@ -184,8 +184,13 @@ def _not_plain_rows(inputs: dict[str, Any]) -> str:
         return "its body is given embeddings, as with a soft prompt, and not ids"
     if given - _KNOWN:
         return f"its body is also given {', '.join(sorted(given - _KNOWN))}"
-    if inputs["attention_mask"].shape != inputs["input_ids"].shape:
+    mask, positions = inputs["attention_mask"], inputs.get("position_ids")
+    if mask.shape != inputs["input_ids"].shape:
         return "its attention mask is not one of rows of tokens"
+    if positions is not None and not torch.equal(
+        (mask.cumsum(-1) - 1)[mask != 0], positions.expand_as(mask)[mask != 0]
+    ):
+        return "the positions in a batch are not counted from the first token of each row"
     return ""
 
 

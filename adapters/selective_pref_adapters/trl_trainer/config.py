@@ -70,8 +70,8 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         reference_space: which reference of that folder (its name or label), where it holds several.
         raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
-        share_prefix: `auto` computes a pair's prompt once, and no padding, wherever `fused_head` and the model allow it;
-            `off` does not.
+        share_prefix: `auto` computes a pair's prompt once, and no padding, wherever `fused_head` and the model allow
+            it; `off` does not.
     """
 
     max_length: int | None = field(
