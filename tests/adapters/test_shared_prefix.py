@@ -322,22 +322,23 @@ def test_soft_prompts_keep_the_padded_rows(kind: str, caplog: pytest.LogCaptureF
 # --- bits ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_side_never_moves_the_other(layout: str) -> None:
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_one_side_never_moves_the_other(side: str, layout: str) -> None:
     """Not by a bit: by rows continued, whatever happens to the other side; by packed ones, where its length stays."""
     model, batch = make("llama"), make_batch()
     install_fused_head(model)
-    with torch.no_grad():
-        before = model_per_token_logps(model, batch)
-        changed = {name: tensor.clone() for name, tensor in batch.items()}
-        sides = changed["completion_mask"][3:] != 0
-        changed["input_ids"][3:][sides] = (changed["input_ids"][3:][sides] + 7) % 60
-        if layout == "continued":
-            for name in changed:
-                changed[name][3, 43:] = 0  # and one is cut, another is nothing but its prompt
-                changed[name][4, 30:] = 0
-        after = model_per_token_logps(model, changed)
-    assert torch.equal(after[:3], before[:3])
-    assert not torch.isclose(after[3:][sides[:, 1:]], before[3:][sides[:, 1:]]).any()
+    moved, kept = (slice(0, 3), slice(3, 6)) if side == "chosen" else (slice(3, 6), slice(0, 3))
+    score = row_per_token_logps if layout == "continued" else frozen_per_token_logps
+    before = score(model, batch)
+    changed = {name: tensor.clone() for name, tensor in batch.items()}
+    where = changed["completion_mask"][moved] != 0
+    changed["input_ids"][moved][where] = (changed["input_ids"][moved][where] + 7) % 60
+    after = score(model, changed)
+    assert torch.equal(after[kept], before[kept])
+    assert not torch.isclose(after[moved][where[:, 1:]], before[moved][where[:, 1:]]).all()
+    if layout == "continued":
+        changed["attention_mask"][moved, 43:] = changed["completion_mask"][moved, 43:] = 0  # one is cut
+        assert torch.equal(score(model, changed)[kept], before[kept])
 
 
 def test_the_bits_of_a_row_that_is_scored_for_a_store_depend_on_it_alone() -> None:

@@ -201,7 +201,8 @@ def test_weights_where_nothing_is_selected_get_no_gradient_from_the_head(make: M
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     trainer.compute_loss(trainer.model, batch).backward()
     kept = sum(math.ceil(0.4 * int(row.sum())) for row in batch["completion_mask"])
-    assert seen[0].shape == batch["input_ids"][:, 1:].shape  # log-probs left the head, not logits
+    completions = int(batch["completion_mask"][:, 1:].sum())
+    assert seen[0].shape == (1, completions)  # log-probs of the completion tokens left the head, not logits
     assert int((seen[0] != 0).sum()) == kept
 
 
