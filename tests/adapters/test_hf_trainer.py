@@ -279,7 +279,7 @@ def test_accumulation_makes_the_steps_of_a_larger_batch(build: Run, pairs: list[
 def test_a_store_gives_the_numbers_of_the_online_reference(
     build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
 ) -> None:
-    """Bit for bit, also in data-loader workers."""
+    """Up to rounding, as the store's rows were computed one by one; also in data-loader workers."""
     options = {"evaluation": pairs[30:], "eval_strategy": "steps", "eval_steps": 4}
     online = build(**options)
     stored = build(
@@ -290,8 +290,9 @@ def test_a_store_gives_the_numbers_of_the_online_reference(
     )
     for trainer in (online, stored):
         trainer.train()
-    assert logged(stored) == logged(online)
-    assert logged(stored, "eval_loss") == logged(online, "eval_loss")
+    for key in ("loss", "eval_loss"):
+        for ours, theirs in zip(logged(stored, key), logged(online, key), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 def test_rows_of_every_kind_make_the_same_batch(tokenizer: Any, pairs: list[TokenizedPair]) -> None:
