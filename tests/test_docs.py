@@ -89,19 +89,82 @@ def test_reference_holds_the_public_names_once_each() -> None:
     # diagnostics is a module as well, so its entry has to name both
     entries = re.findall(r"^::: selective_pref\.(?:diagnostics\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(entries) == sorted(selective_pref.__all__)
+    for module in (selective_pref.pair_losses, selective_pref.divergences):
+        listed = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
+        assert sorted([*listed, *(set(module.__all__) & set(entries))]) == sorted(module.__all__)
+
+
+ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
+PACKAGES = (
+    "hf_trainer",
+    "trl_trainer",
+    "deepspeed_loop",
+    "reference_store",
+    "reference_store.served",
+    "pairs",
+    "seeing",
+)
+MODULES = ("batch", "heads", "objectives", "references", "models", "monitoring")
+
+
+def public_names(module: str) -> list[str]:
+    """`__all__`, else functions and classes without an underscore. Read from the source: no framework is loaded."""
+    path = ADAPTERS / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    assert module in MODULES, f"{module} has no __all__"
+    definitions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [node.name for node in definitions if not node.name.startswith("_")]
+
+
+@pytest.mark.parametrize("module", PACKAGES + MODULES)
+def test_reference_holds_the_public_names_of_the_adapters_once_each(module: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = re.findall(rf"^::: selective_pref_adapters\.{re.escape(module)}\.(\w+)$", text, re.MULTILINE)
+    assert sorted(entries) == sorted(public_names(module))
+
+
+MUTATIONS = re.findall(
+    r"^\| (?!mistake|---)(.+?) \| `([^`]+)` \| (.+) \|$",
+    (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_mutations_name_files_and_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8")
+    assert len(MUTATIONS) == len(re.findall(r"^\| (?!mistake)", text, re.MULTILINE)) > 200
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    tests = {name for source in sources for name in re.findall(r"^def test_(\w+)", source, re.MULTILINE)}
+    for mistake, file, seen_by in MUTATIONS:
+        assert any((folder / file).is_file() for folder in (ROOT / "selective_pref", ADAPTERS)), f"{mistake}: {file}"
+        names = re.findall(r"`(\w+)`", seen_by)
+        assert names, mistake
+        assert not set(names) - tests, f"{mistake}: {sorted(set(names) - tests)}"
 
 
 def train_flags() -> dict[str, str]:
     """Flag → default as the page writes it, read from the source: importing it would import DeepSpeed."""
-    source = (ROOT / "adapters" / "selective_pref_adapters" / "options.py").read_text(encoding="utf-8")
-    config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
+    tree = ast.parse((ADAPTERS / "options.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     words = {"required": "required", "None": "none", "False": "off", "True": "on"}
-    flags = {}
-    for field in config.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            default = "required" if field.value is None else ast.unparse(field.value).strip("'")
-            flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
-    return flags
+
+    def flags_of(config: ast.ClassDef) -> dict[str, str]:
+        flags = {}
+        for base in config.bases:
+            flags |= flags_of(classes[ast.unparse(base)])
+        for field in config.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                value = field.value
+                if isinstance(value, ast.Call):  # field(default=..., metadata=...)
+                    value = next(keyword.value for keyword in value.keywords if keyword.arg == "default")
+                default = "required" if value is None else ast.unparse(value).strip("'")
+                flags["--" + field.target.id.replace("_", "-")] = words.get(default, f"`{default}`")
+        return flags
+
+    return flags_of(classes["TrainConfig"])
 
 
 def test_every_flag_of_train_is_described_with_its_default() -> None:

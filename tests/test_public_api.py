@@ -25,6 +25,11 @@ FRAMEWORKS = ("torch", "numpy", "jax", "transformers", "trl", "deepspeed", "data
 MAY_IMPORT = {"array_api_compat", "selective_pref", *sys.stdlib_module_names}
 
 PUBLIC = {name: getattr(selective_pref, name) for name in selective_pref.__all__}
+PUBLIC |= {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in (selective_pref.pair_losses, selective_pref.divergences)
+    for name in module.__all__
+}
 CALLABLE = {name: value for name, value in PUBLIC.items() if inspect.isroutine(value) or inspect.isclass(value)}
 
 
@@ -54,6 +59,10 @@ def test_the_contract_is_there() -> None:
         "diagnostics",
         "check_finite",
         "per_token_logps",
+        "preference_loss",
+        "ratio_digits",
+        "weigh_pairs",
+        "combine_losses",
     } <= set(PUBLIC)
     assert selective_pref.__version__.count(".") == 2
 
@@ -70,7 +79,8 @@ def test_public_things_say_what_they_take_return_and_raise(name: str) -> None:
             for field in inspect.signature(value).parameters:
                 assert field in text
         return
-    parameters = [p for p in inspect.signature(value).parameters if p not in ("chosen", "rejected", "responses", "out")]
+    known = ("chosen", "rejected", "responses", "out", "chosen_rewards", "rejected_rewards", "log_ratios", "beta")
+    parameters = [p for p in inspect.signature(value).parameters if p not in known]
     for parameter in parameters:
         assert parameter in text or "Args, Returns, Raises: as" in text, f"{name} does not explain {parameter}"
     if parameters:
@@ -127,7 +137,8 @@ def test_only_fused_is_imported_by_name(path: Path) -> None:
 
 def test_imports_of_the_core_point_one_way() -> None:
     """The arrows of the data flow: no module imports a later one."""
-    order = ["_arrays", "response", "scores", "rewards", "selection", "losses", "diagnostics", "logps", "fused"]
+    order = ["_arrays", "response", "scores", "selection", "pools", "divergences", "rewards", "pair_losses", "losses"]
+    order += ["terms", "diagnostics", "logps", "fused"]
     for path in CORE:
         if path.stem == "__init__":
             continue
@@ -150,7 +161,7 @@ FLOORS = [
     {"batch"},
     {"pairs"},
     {"models"},
-    {"options", "files"},
+    {"options", "files", "recipes"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 
@@ -212,7 +223,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 def test_the_modules_of_the_main_path_have_an_example() -> None:
-    for name in ("response", "selection", "losses"):
+    for name in ("response", "selection", "pools", "pair_losses", "losses", "terms"):
         module = importlib.import_module(f"selective_pref.{name}")
         assert doctest.DocTestFinder().find(module)[0].examples or module.__doc__.count(">>>") > 0
         assert doctest.testmod(module).attempted > 0

@@ -34,7 +34,7 @@ from selective_pref_adapters.batch import Batch, labels_of
 from selective_pref_adapters.model_inputs import causal_lm, has_soft_prompt, inputs_of
 from selective_pref_adapters.models import text_config
 from selective_pref_adapters.pairs import IGNORE_INDEX
-from selective_pref_adapters.shared_prefix import Layout, continues, lay_out, prepare
+from selective_pref_adapters.shared_prefix import continues, lay_out, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +203,10 @@ def _class_with_fused_head(own: Any) -> type:
             compiled = torch.compiler.is_compiling()
             layout = lay_out(self, kwargs, completion_labels, by_row=by_row, compiled=compiled)
             if layout is not None:
-                return _by_layout(self, layout, layout.states(self), completion_labels, statistics, by_row)
+                head = functools.partial(_call_head, self, statistics=statistics)
+                return layout.outputs(self, head, completion_labels, by_row=by_row)
         hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
-        return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics)
+        return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics=statistics)
 
     functools.update_wrapper(forward, own.forward)
     vars(forward)["__signature__"] = inspect.signature(own.forward)
@@ -223,31 +224,7 @@ def _is_fused(causal: Any) -> bool:
 
 
 @torch.compiler.disable
-def _by_layout(
-    causal: Any, layout: Layout, hidden: Tensor, labels: Tensor, statistics: bool, by_row: bool
-) -> Tensor | tuple[Tensor, ...]:
-    """Log-probs [B T] (and statistics) from the hidden states of the completion tokens [M D] alone.
-
-    Args:
-        by_row: the head, too, is called for each row by itself.
-    """
-    targets = labels[layout.rows, layout.columns + 1]
-    sizes = layout.counts if by_row else [len(targets)]
-    parts = [
-        _call_head(causal, states[None], some[None], statistics)
-        for states, some in zip(hidden.split(sizes), targets.split(sizes), strict=True)
-    ]
-
-    def spread(values: tuple[Tensor, ...]) -> Tensor:
-        found = torch.cat(values, dim=1)[0]
-        places = (layout.rows.to(found.device), layout.columns.to(found.device))
-        return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(places, found)
-
-    return tuple(spread(column) for column in zip(*parts, strict=True)) if statistics else spread(tuple(parts))
-
-
-@torch.compiler.disable
-def _call_head(causal: Any, hidden: Tensor, labels: Tensor, statistics: bool) -> Any:
+def _call_head(causal: Any, hidden: Tensor, labels: Tensor, *, statistics: bool) -> Any:
     """Log-probs [B T] (and statistics) from the head, which is called as a module with its forward replaced."""
     head, options = causal.get_output_embeddings(), causal._fused_head
 

@@ -103,7 +103,9 @@ def usable_length(max_length: int | None, models: Mapping[str, Any]) -> int:
     contexts = {name: length for name, model in models.items() if (length := context_length(model)) is not None}
     for name, context in contexts.items():
         if max_length is not None and max_length > context:
-            raise ValueError(f"max_length {max_length} is longer than the {name} can read ({context} tokens)")
+            raise ValueError(
+                f"max_length {max_length} is longer than the {name} can read ({context} tokens): give {context} or less"
+            )
     return max_length if max_length is not None else min([PAPER_MAX_LENGTH, *contexts.values()])
 
 
@@ -237,6 +239,66 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without dropout; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+# --- what two tokenizers mean -----------------------------------------------------------------------------------------
+
+
+def own_vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Token → id of a tokenizer, without a pad token that it was given behind all others.
+
+    No row that a model reads holds it (masks hide it), so tokenizers are the same with it and without.
+    """
+    vocabulary = dict(tokenizer.get_vocab())
+    pad = getattr(tokenizer, "pad_token", None)
+    others = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token")]
+    if pad in vocabulary and pad not in others and vocabulary[pad] == max(vocabulary.values()):
+        del vocabulary[pad]
+    return vocabulary
+
+
+def check_same_tokenizer(policy: Any, reference: Any) -> None:
+    """Raises unless both tokenizers give every token string the same id; names the first that differs.
+
+    Vocabularies are compared token by token, not by size: a padded or larger vocabulary of the reference is fine,
+    and so is a padding token that the policy's tokenizer was given behind all others.
+
+    Raises:
+        ValueError: an id of the policy's vocabulary means something else to the reference.
+    """
+    difference = differing_token(own_vocabulary(policy), reference.get_vocab())
+    if difference is not None:
+        raise ValueError(
+            f"policy and reference tokenize differently: {difference}. Per-token log-probs of different tokens cannot "
+            "be compared: choose a reference that shares the policy's tokenizer"
+        )
+
+
+def differing_token(policy: dict[str, int], reference: dict[str, int]) -> str | None:
+    """The first token, in order of the policy's ids, that has another id in the reference's vocabulary; None if none.
+
+    Args:
+        policy, reference: token → id. What only the reference has does not matter.
+    """
+    by_id = {token_id: token for token, token_id in reference.items()}
+    for token, token_id in sorted(policy.items(), key=lambda item: item[1]):
+        if reference.get(token) != token_id:
+            other = by_id.get(token_id)
+            said = "no token" if other is None else repr(other)
+            return f"id {token_id} is {token!r} for the policy and {said} for the reference"
+    return None
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.models import is_sharded, same_weights, trained_outside_adapters
+from selective_pref_adapters.models import evaluating, is_sharded, same_weights, trained_outside_adapters
 from selective_pref_adapters.options import SharePrefix
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.store import ReferenceStore
@@ -176,15 +176,3 @@ def _adapters_add_nothing(reference: AdapterOffReference) -> bool:
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
     return torch.equal(logits(nullcontext()), logits(reference.switched()))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without dropout; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

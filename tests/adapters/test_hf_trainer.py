@@ -1031,7 +1031,7 @@ def test_the_script_of_the_page_trains_on_real_pairs(
 ) -> None:
     page = (ROOT / "docs" / "adapters" / "hf.md").read_text(encoding="utf-8")
     script = page.split("``` { .python }\n")[1].split("```\n")[0]
-    assert "gsm8k_pairs.jsonl" in script
+    assert 'os.environ["PAIRS"]' in script
     assert len(script.splitlines()) <= 40
     teacher = tmp_path / "teacher"
     model = model_of(shared / "models" / "stories260k")

@@ -48,7 +48,9 @@ def identity_of(
     def digest(pairs: Sequence[TokenizedPair]) -> str:
         text = hashlib.sha256()
         for p in pairs:
-            text.update(repr((p.chosen_ids, p.rejected_ids, p.chosen_prompt_length, p.rejected_prompt_length)).encode())
+            lengths = p.chosen_prompt_length, p.rejected_prompt_length
+            unscored = *p.chosen_unscored, *p.rejected_unscored
+            text.update(repr((p.chosen_ids, p.rejected_ids, *lengths, *unscored)).encode())
         return f"{len(pairs)} pairs, {text.hexdigest()[:16]}"
 
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}

@@ -24,6 +24,7 @@ from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, co
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
+_SPANS = ("chosen_unscored", "rejected_unscored")
 
 
 class PreferenceLabels(dict[str, Any]):
@@ -62,8 +63,8 @@ def _as_tensor(texts: list[str]) -> Tensor:
 class PreferenceCollator:
     """Pairs → one batch, chosen rows first, padded on the right: ``Trainer(data_collator=PreferenceCollator(tok))``.
 
-    It takes `TokenizedPair`s, dicts with the same four fields (a `datasets.Dataset` of them), or raw rows in TRL's
-    formats, which it tokenises as `tokenize_pairs` does.
+    It takes `TokenizedPair`s, dicts with the same fields (a `datasets.Dataset` of them), or raw rows of any schema that
+    `preference_row` reads, which it tokenises as `tokenize_pairs` does.
 
     Attributes:
         tokenizer: the policy's.
@@ -139,7 +140,8 @@ class PreferenceCollator:
             )
         place = str(row.get("place", place))
         if set(_IDS) <= row.keys():
-            return TokenizedPair(**{name: row[name] for name in _IDS}, place=place)
+            spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
+            return TokenizedPair(**{name: row[name] for name in _IDS}, **spans, place=place)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)

@@ -12,6 +12,7 @@ caller wants bits that depend on a row alone, or where packed rows are not exact
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,34 @@ class Layout:
         body, device = causal.base_model, self.rows.device
         states = continued_states(body, self.groups, device, positions=takes_positions(body))
         return states[self.predictors]
+
+    @torch.compiler.disable
+    def outputs(
+        self, causal: Any, head: Callable[[Tensor, Tensor], Any], labels: Tensor, *, by_row: bool
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What the head gives for the completion tokens, each in its place and 0 elsewhere: [2B T].
+
+        Args:
+            causal: the model.
+            head: from hidden states [1 N D] and labels [1 N] to one tensor [1 N], or several.
+            labels: int64 [2B T+1], as `lay_out` was given them.
+            by_row: the head, too, is called for each row by itself.
+        """
+        hidden, targets = self.states(causal), labels[self.rows, self.columns + 1]
+        sizes = self.counts if by_row else [len(targets)]
+        parts = [
+            head(states[None], some[None])
+            for states, some in zip(hidden.split(sizes), targets.split(sizes), strict=True)
+        ]
+
+        def spread(values: Sequence[Tensor]) -> Tensor:
+            found = torch.cat([*values], dim=1)[0]
+            places = (self.rows.to(found.device), self.columns.to(found.device))
+            return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(places, found)
+
+        if isinstance(parts[0], Tensor):
+            return spread(parts)
+        return tuple(spread(column) for column in zip(*parts, strict=True))
 
 
 def prepare(causal: Any) -> None:

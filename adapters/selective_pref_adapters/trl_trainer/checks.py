@@ -12,10 +12,16 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from selective_pref import Objective
-from selective_pref_adapters.models import check_reloadable, check_savable, check_token_ids, check_trainable
+from selective_pref_adapters.models import (
+    check_reloadable,
+    check_same_tokenizer,
+    check_savable,
+    check_token_ids,
+    check_trainable,
+    own_vocabulary,
+)
 from selective_pref_adapters.objectives import check_objective
 from selective_pref_adapters.options import SelectionOptions
-from selective_pref_adapters.pairs import check_same_tokenizer
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
 
@@ -65,7 +71,9 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
     if ref_tokenizer is not None:
         check_same_tokenizer(tokenizer, ref_tokenizer)
     if reference is not None:
-        check_token_ids(max(tokenizer.get_vocab().values()), {"reference": reference}, where="the policy's tokenizer: ")
+        check_token_ids(
+            max(own_vocabulary(tokenizer).values()), {"reference": reference}, where="the policy's tokenizer: "
+        )
     if getattr(trainer, "aux_loss_enabled", False):
         raise ValueError(
             "this mixture of experts would add its load-balancing loss, which no objective here reads: set "

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import load_dataset
 from trl import (
     DatasetMixtureConfig,
@@ -27,11 +29,11 @@ from trl import (
     get_quantization_config,
 )
 
+from selective_pref_adapters.pairs import parse_columns, read_rows
+from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, splits_of
 from selective_pref_adapters.recipes import config_file
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    splits = load_splits(script, mixture)
+    splits = load_splits(script, mixture, args)
     trainer = SelectiveDPOTrainer(
         model=model.model_name_or_path,
         ref_model=script.ref_model_name_or_path,
@@ -130,19 +132,51 @@ def start_deepspeed_on_cpu() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
 
 
-def load_splits(script: SelectiveDPOArguments, mixture: DatasetMixtureConfig) -> Any:
+class LocalSplits(Mapping[str, Any]):
+    """Split → rows of a file or folder, read when they are asked for; "train" is what `read_rows` reads by default."""
+
+    def __init__(self, source: str, args: SelectiveDPOConfig) -> None:
+        self._source = source
+        self._args = args
+        self._names = {"train", *splits_of(source)}
+
+    def __getitem__(self, split: str) -> Any:
+        if split not in self._names:
+            raise KeyError(split)
+        malformed: list[str] | None = [] if self._args.skip_malformed_rows else None
+        notes: list[str] = []
+        source = self._source if split == "train" else f"{self._source}:{split}"
+        rows = read_rows(source, malformed, columns=parse_columns(self._args.columns), notes=notes)
+        if malformed:
+            notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+        if PartialState().is_main_process:
+            print(*(f"note: {note}" for note in notes), sep="\n", file=sys.stderr)
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_splits(script: SelectiveDPOArguments, mixture: DatasetMixtureConfig, args: SelectiveDPOConfig) -> Any:
     """The splits of the data set that was named: on the hub, in a folder, in one file, or a mixture."""
     if mixture.datasets and script.dataset_name:
         raise ValueError("dataset_name and datasets (a mixture) are both given: leave one of them out")
     if mixture.datasets:
         return get_dataset(mixture)
     if not script.dataset_name:
-        raise ValueError("no preference pairs: give --dataset_name, a hub id, a folder or a .jsonl/.json/.parquet file")
+        raise ValueError("no preference pairs: give --dataset_name, a file, a folder or a hub id")
     path = Path(script.dataset_name)
-    if path.is_file() and path.suffix not in _BUILDERS:
-        raise ValueError(f"cannot read {path}: expected {', '.join(_BUILDERS)}, a folder or a hub id")
-    if path.is_file():
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
+    if is_local(script.dataset_name) and not script.dataset_streaming and not args.stock_tokenization:
+        return LocalSplits(script.dataset_name, args)
+    if path.is_file():  # what `load_dataset` reads
+        kind, _ = kind_of(path)
+        if not kind:
+            raise ValueError(f"cannot read {path}: expected {', '.join(KINDS)}, a folder or a hub id")
+        builder = {".jsonl": "json"}.get(kind, kind.removeprefix("."))
+        return load_dataset(builder, data_files=str(path), streaming=script.dataset_streaming)
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 

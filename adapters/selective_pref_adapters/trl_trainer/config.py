@@ -24,6 +24,7 @@ from trl import DPOConfig
 from selective_pref import Objective, Response, ScoreFunction, alignment_scores, excess_loss_scores, selective_dpo_loss
 from selective_pref_adapters.objectives import Schedule, check_objective
 from selective_pref_adapters.options import SelectionOptions, SharePrefix
+from selective_pref_adapters.pairs import parse_columns
 
 OLDEST_TRL, FIRST_UNTRIED_TRL = "1.14", "1.17"
 """The supported range: from the first, below the second."""
@@ -72,6 +73,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
         share_prefix: `auto` computes a pair's prompt once, and no padding, wherever `fused_head` and the model allow
             it; `off` does not.
+        columns: which columns hold what, where the schema of the rows is not recognised by them.
+        skip_malformed_rows: leave out rows that are no preference pair, and count them, instead of stopping.
+        stock_tokenization: let TRL split and tokenise the rows, as `DPOTrainer` does, instead of this library's reader.
     """
 
     max_length: int | None = field(
@@ -97,6 +101,16 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
     share_prefix: SharePrefix = field(
         default="auto", metadata={"help": "Compute a pair's prompt once, and no padding (auto), or not (off)."}
+    )
+    columns: str | None = field(
+        default=None, metadata={"help": "Which columns hold what: prompt=question,chosen=good,rejected=bad."}
+    )
+    skip_malformed_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows that are no preference pair (counted), instead of stopping."}
+    )
+    stock_tokenization: bool = field(
+        default=False,
+        metadata={"help": "Let TRL split and tokenise rows, where it differs from this library's reader."},
     )
 
     def __post_init__(self) -> None:
@@ -215,6 +229,12 @@ def check_options(args: SelectiveDPOConfig) -> None:
         raise ValueError(
             "sync_ref_model changes the reference during training, so its stored log-probs would be wrong: leave "
             "reference_store and precompute_ref_log_probs out, or sync_ref_model"
+        )
+    parse_columns(args.columns)
+    if args.stock_tokenization and (args.columns is not None or args.skip_malformed_rows):
+        raise ValueError(
+            "columns and skip_malformed_rows are read by this library's reader, which stock_tokenization switches off: "
+            "leave them out, or it"
         )
     if args.reference_space is not None and args.reference_store is None:
         raise ValueError("reference_space names a reference of a store: give reference_store, too")

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
+from datasets import DatasetDict
 from torch import Tensor, nn
 from trl import DPOTrainer
 
@@ -32,8 +34,18 @@ from selective_pref_adapters.monitoring import (
     own_pairs,
 )
 from selective_pref_adapters.objectives import loss_of_batch, needs_reference
+from selective_pref_adapters.pairs import parse_columns
 from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.data import (
+    READ_ROW,
+    TRAINED_COLUMNS,
+    check_collator,
+    dataset_of_rows,
+    is_list_of_rows,
+    own_collator,
+    prepared,
+)
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
@@ -51,7 +63,10 @@ class SelectiveDPOTrainer(DPOTrainer):
             a warning says so), or for whatever `args.reference_store` holds. It may have another size, but must have
             the policy's tokenizer.
         args: a `SelectiveDPOConfig`.
-        data_collator, train_dataset, eval_dataset, processing_class, others: as in `DPOTrainer`.
+        train_dataset, eval_dataset: raw rows as in `DPOTrainer`, of any schema that the reader of `pairs` knows; rows
+            as `read_rows` gives them; or rows with `prompt_ids`, `chosen_ids` and `rejected_ids`. The reader splits and
+            tokenises them, as for every other trainer here, unless `args.stock_tokenization` says that TRL shall.
+        data_collator, processing_class, others: as in `DPOTrainer`.
         objective: any callable (chosen, rejected) → PreferenceLoss in place of the Selective-DPO that `args`
             describes. It is asked once whether it needs a reference; one that does not runs without.
 
@@ -81,6 +96,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
         self._custom_objective = objective
+        train_dataset, eval_dataset = _as_datasets(train_dataset), _as_datasets(eval_dataset)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._checked = False
         check_arguments(args, objective, processing_class, [train_dataset, *_all_sets(eval_dataset)])
@@ -110,6 +126,7 @@ class SelectiveDPOTrainer(DPOTrainer):
                 **others,
             )
         take_back_forward(self.model)
+        self._use_own_collator()
         self._check_once()
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
@@ -127,6 +144,43 @@ class SelectiveDPOTrainer(DPOTrainer):
         if resume_from_checkpoint:
             check_reloadable(self, "resume_from_checkpoint")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's hook for tokenising. Here the one reader of this library does it."""
+        if args.stock_tokenization:
+            if READ_ROW in (dataset.column_names or ()):
+                raise ValueError(
+                    "stock_tokenization needs raw rows: give the data set as it is, not rows that are read"
+                )
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with PartialState().main_process_first():
+            return prepared(
+                dataset,
+                processing_class,
+                dataset_name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                columns=parse_columns(args.columns),
+                skip_malformed_rows=args.skip_malformed_rows,
+                num_proc=args.dataset_num_proc,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in TRAINED_COLUMNS if name not in self._signature_columns]
+
+    def _use_own_collator(self) -> None:
+        """Puts our collator in the place of TRL's; one that was given stays, if it can do what the data ask of it."""
+        if not isinstance(self.data_collator, WithStoredReference):
+            self.data_collator = own_collator(self.data_collator)
+            for dataset in (self.train_dataset, *_all_sets(self.eval_dataset)):
+                check_collator(self.data_collator, dataset, "given")
+
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As in `DPOTrainer`; rows as `read_rows` gives them will do, too."""
+        return super().evaluate(_as_datasets(eval_dataset), *arguments, **options)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -182,6 +236,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not self.reference.stored:
             return dataset
         self._check_once()
+        self._use_own_collator()
         collator = getattr(self.data_collator, "collator", self.data_collator)
         pairs = pairs_of(dataset, collator, name)
         check_stored_inputs(self.model, collator([dataset[0]]))
@@ -232,6 +287,13 @@ class SelectiveDPOTrainer(DPOTrainer):
                 self._metrics[mode][name].append(value)
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
+
+
+def _as_datasets(data: Any) -> Any:
+    """Data sets as TRL takes them: lists of rows that are read become one."""
+    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+        return {name: _as_datasets(one) for name, one in data.items()}
+    return dataset_of_rows(data) if is_list_of_rows(data) else data
 
 
 def _all_sets(datasets: Any) -> list[Any]:
