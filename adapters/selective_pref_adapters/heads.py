@@ -32,7 +32,7 @@ from selective_pref import per_token_logps
 from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 from selective_pref_adapters.batch import Batch, labels_of
 from selective_pref_adapters.model_inputs import causal_lm, has_soft_prompt, inputs_of
-from selective_pref_adapters.models import text_config
+from selective_pref_adapters.models import evaluating, text_config
 from selective_pref_adapters.pairs import IGNORE_INDEX
 from selective_pref_adapters.shared_prefix import continues, lay_out, prepare
 
@@ -50,7 +50,7 @@ def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
             takes (see `inputs_of`).
     """
     labels = labels_of(batch)
-    if _is_served(model):
+    if isinstance(causal_lm(model), WithFusedHead):
         return model(**inputs_of(model, batch), completion_labels=labels)
     return _dense_logps(model(**inputs_of(model, batch)).logits, labels)
 
@@ -61,7 +61,7 @@ def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitS
     Args: as `model_per_token_logps`.
     """
     labels = labels_of(batch)
-    if _is_served(model):
+    if isinstance(causal_lm(model), WithFusedHead):
         logps, *statistics = model(**inputs_of(model, batch), completion_labels=labels, statistics=True)
     else:
         logps, *statistics = _dense_logps_and_statistics(model(**inputs_of(model, batch)).logits, labels)
@@ -204,7 +204,7 @@ def _class_with_fused_head(own: Any) -> type:
             layout = lay_out(self, kwargs, completion_labels, by_row=by_row, compiled=compiled)
             if layout is not None:
                 head = functools.partial(_call_head, self, statistics=statistics)
-                return layout.outputs(self, head, completion_labels, by_row=by_row)
+                return layout.outputs(layout.states(self), head, completion_labels, by_row=by_row)
         hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
         return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics=statistics)
 
@@ -246,10 +246,6 @@ def _forward_replaced(head: nn.Module, forward: Callable[[Tensor], Any]) -> Iter
         yield
     finally:
         del head.forward
-
-
-def _is_served(model: Any) -> bool:
-    return isinstance(causal_lm(model), WithFusedHead)
 
 
 # --- by logits -------------------------------------------------------------------------------------------------------
@@ -334,19 +330,14 @@ def _fitting_options(causal: Any) -> Options | str:
 
     ids = torch.arange(3, device=head.weight.device).unsqueeze(0) % head.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    modes = [(module, module.training) for module in causal.modules()]
-    causal.eval()
     try:
-        with torch.no_grad(), _forward_replaced(head, record):
+        with torch.no_grad(), evaluating(causal), _forward_replaced(head, record):
             # At the first call this runs inside the model's forward, so what wraps that (autocast) must not run again.
             inside = isinstance(causal, WithFusedHead)
             logits = (type(causal).forward(causal, **inputs) if inside else causal(**inputs)).logits
             hidden = causal.base_model(**inputs)[0]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError) as error:
         return f"its forward cannot be taken apart: {type(error).__name__}: {error}"
-    finally:
-        for module, training in modes:
-            module.training = training
     if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.allclose(seen[0], hidden, equal_nan=True):
         return "something stands between its body and its head"
     tolerance = 8 * torch.finfo(hidden.dtype).eps

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective_pref_adapters.models import text_config
+from selective_pref_adapters.models import evaluating, text_config
 from selective_pref_adapters.pairs import IGNORE_INDEX
 from selective_pref_adapters.shared_prefix.continued import continued_states
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of
@@ -48,7 +46,8 @@ def examine(causal: Any, layout: str) -> Verdict:
         layout: `continued` or `packed`.
     """
     try:
-        with _quiet(causal), torch.no_grad():
+        device = causal.get_input_embeddings().weight.device.type
+        with torch.no_grad(), evaluating(causal), torch.autocast(device, enabled=False):
             pair, limit = _made_up_pair(causal)
             alone = torch.cat([_plain(causal, pair, number) for number in range(len(pair.responses))])
             reason = {"continued": _continued, "packed": _packed}[layout](causal, pair, alone)
@@ -144,7 +143,7 @@ def _made_up_pair(causal: Any) -> tuple[Group, int]:
     if _PROMPT + max(_RESPONSES) > context:
         raise ValueError(f"its context ({context} tokens) is too short to try a pair in it")
     lengths = [_PROMPT, *(min(length + more, context - _PROMPT) for length in _RESPONSES)]
-    vocabulary = causal.get_input_embeddings().weight.shape[0]
+    vocabulary = causal.get_input_embeddings().num_embeddings  # a sharded weight has no shape here
     ids = (torch.arange(sum(lengths)) * 7 + 3) % vocabulary
     prompt, chosen, rejected = ids.split(lengths)
     rows = [torch.cat([prompt, side]) for side in (chosen, rejected)]
@@ -173,17 +172,3 @@ def _length_of_fixed_frequencies(config: Any) -> int:
 def multiple_of(causal: Any) -> int:
     """What the width of packed rows is rounded up to: flex attention is compiled for a number of whole blocks."""
     return 128 if text_config(causal)._attn_implementation == "flex_attention" else 1
-
-
-@contextmanager
-def _quiet(causal: Any) -> Iterator[None]:
-    """Evaluation mode, without autocast; afterwards every module's mode is as it was."""
-    training = [module for module in causal.modules() if module.training]
-    device = causal.get_input_embeddings().weight.device.type
-    causal.eval()
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True

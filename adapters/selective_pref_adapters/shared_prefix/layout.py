@@ -79,22 +79,20 @@ class Layout:
 
     @torch.compiler.disable
     def outputs(
-        self, causal: Any, head: Callable[[Tensor, Tensor], Any], labels: Tensor, *, by_row: bool
+        self, states: Tensor, head: Callable[[Tensor, Tensor], Any], labels: Tensor, *, by_row: bool
     ) -> Tensor | tuple[Tensor, ...]:
         """What the head gives for the completion tokens, each in its place and 0 elsewhere: [2B T].
 
         Args:
-            causal: the model.
+            states: of the completion tokens, as `states` gives them.
             head: from hidden states [1 N D] and labels [1 N] to one tensor [1 N], or several.
             labels: int64 [2B T+1], as `lay_out` was given them.
             by_row: the head, too, is called for each row by itself.
         """
-        hidden, targets = self.states(causal), labels[self.rows, self.columns + 1]
+        targets = labels[self.rows, self.columns + 1]
         sizes = self.counts if by_row else [len(targets)]
-        parts = [
-            head(states[None], some[None])
-            for states, some in zip(hidden.split(sizes), targets.split(sizes), strict=True)
-        ]
+        pieces = zip(states.split(sizes), targets.split(sizes), strict=True)
+        parts = [head(some[None], wanted[None]) for some, wanted in pieces]
 
         def spread(values: Sequence[Tensor]) -> Tensor:
             found = torch.cat([*values], dim=1)[0]
@@ -124,6 +122,8 @@ def lay_out(
         by_row: the bits of a row's states are to depend on that row alone.
         compiled: whether this call is being compiled: then the body is called once.
     """
+    if gathers := _gathers(causal):  # every process examines the model at its first batch, whatever that holds
+        prepare(causal)
     reason = _not_plain_rows(inputs)
     if reason:
         return _as_it_is(causal, reason)
@@ -138,7 +138,7 @@ def lay_out(
     if limit and longest > limit:
         reason = f"it is known to be exact for rows of {limit} tokens at most, and a row is longer"
     if not reason:
-        found = _packed(groups, device, causal, one_call=compiled or device.type != "cpu" or _gathers(causal))
+        found = _packed(groups, device, causal, one_call=compiled or gathers or device.type != "cpu")
     elif not compiled and continues(causal):
         found = _continued(groups, _verdict(causal, "continued")[0], device)
     else:
