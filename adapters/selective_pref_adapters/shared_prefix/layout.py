@@ -4,9 +4,9 @@ In: the body's inputs and labels. Out: a `Layout`, or None where the rows go thr
 
 Rows are `packed` where that is exact for the model: it takes the fewest calls and is the fastest on a CPU and a GPU
 alike. The layout depends on the batch and the model, not on gradients, so that policy and reference are computed with
-the same shapes. Where weights are gathered for each call (ZeRO-3, FSDP) the packed rows go through the body in one
-call, as the padded ones would, so that every process calls it equally often. Rows are `continued` on a CPU where the
-caller wants bits that depend on a row alone, or where packed rows are not exact.
+the same shapes. Where several processes train together the packed rows go through the body in one call, as the padded
+ones would, so that every process calls it equally often: ZeRO-3 and FSDP gather weights for each call. Rows are
+`continued` on a CPU where the caller wants bits that depend on a row alone, or where packed rows are not exact.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from selective_pref_adapters.models import is_sharded, text_config
@@ -122,7 +123,8 @@ def lay_out(
         by_row: the bits of a row's states are to depend on that row alone.
         compiled: whether this call is being compiled: then the body is called once.
     """
-    if gathers := _gathers(causal):  # every process examines the model at its first batch, whatever that holds
+    together = _gathers(causal) or (dist.is_initialized() and dist.get_world_size() > 1)
+    if together:  # every process examines the model at its first batch, whatever that holds
         prepare(causal)
     reason = _not_plain_rows(inputs)
     if reason:
@@ -138,7 +140,7 @@ def lay_out(
     if limit and longest > limit:
         reason = f"it is known to be exact for rows of {limit} tokens at most, and a row is longer"
     if not reason:
-        found = _packed(groups, device, causal, one_call=compiled or gathers or device.type != "cpu")
+        found = _packed(groups, device, causal, one_call=compiled or together or device.type != "cpu")
     elif not compiled and continues(causal):
         found = _continued(groups, _verdict(causal, "continued")[0], device)
     else:
