@@ -18,7 +18,7 @@ from selective_pref_adapters.heads import (
     model_per_token_logps,
 )
 from selective_pref_adapters.shared_prefix import layout as layout_module
-from selective_pref_adapters.shared_prefix.exact import examine
+from selective_pref_adapters.shared_prefix.exact import UNLIMITED, examine
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of
 from selective_pref_adapters.shared_prefix.packed import first_fit, pack
 from shared_prefix_cases import (
@@ -213,6 +213,14 @@ def test_a_window_too_long_to_be_tried_is_not_crossed(
                 model_per_token_logps(model, batch)
             assert count.tokens == tokens
     assert ("for rows of 48 tokens at most" in caplog.text) == (layout == "packed")
+
+
+def test_a_window_longer_than_the_made_up_pair_is_tried() -> None:
+    """Local attention of a model's own making, which packed rows cannot follow."""
+    model = make("gpt_neo", window_size=48, max_position_embeddings=256)
+    limit, reason = examine(model, "packed")
+    assert (limit, "hidden states differ" in reason) == (0, True), reason
+    assert examine(model, "continued") == (UNLIMITED, "")
 
 
 def test_frequencies_that_change_with_the_length(layout: str) -> None:
