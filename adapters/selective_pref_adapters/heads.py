@@ -10,8 +10,7 @@ class. The head is still called as a module, so whatever gathers, shards or chec
 FSDP2) finds it where it expects it. A model whose head does anything that the fused head does not (found by a test of
 its own forward, not by its name) is served by its logits, and a log line says so.
 
-Before the head comes the body. Where `shared_prefix` can, the rows of a batch go through it without their padding, and
-a prompt that several rows begin with goes through it once. Other batches go through it as they are.
+Before the head comes the body: `shared_prefix` decides how the rows of a batch go through it.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ def install_fused_head(
         at_first_call: decide when the model is first asked for log-probs, and return True: for a model whose weights
             an engine will move, cast or shard (or has sharded already).
         share_prefix: `auto` computes a prompt once for all rows that begin with it, where that gives the model's own
-            numbers; `off` gives the rows of every batch to the model as they are. None leaves it as it was: at first,
-            `auto`.
+            numbers; `off` never does. None leaves it as it was: at first, `auto`.
 
     Raises:
         ValueError: `share_prefix` is something else.
