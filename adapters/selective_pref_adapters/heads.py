@@ -89,9 +89,8 @@ def scores_rows_by_themselves(model: Any) -> bool:
         model: a causal LM, or a PEFT model around one, with a fused head; without an engine.
     """
     causal = causal_lm(model)
-    if not isinstance(causal, WithFusedHead) or causal._share_prefix == "off" or has_soft_prompt(model):
-        return False
-    return _is_fused(causal) and continues(causal)
+    shares = isinstance(causal, WithFusedHead) and causal._share_prefix == "auto" and not has_soft_prompt(model)
+    return shares and _is_fused(causal) and continues(causal)
 
 
 def row_per_token_logps(model: Any, batch: Batch) -> Tensor:
