@@ -157,7 +157,7 @@ FLOORS = [
     {"references"},
     {"reference_store"},
     {"heads", "objectives", "monitoring"},
-    {"model_inputs"},
+    {"model_inputs", "shared_prefix"},
     {"batch"},
     {"pairs"},
     {"model_checks"},

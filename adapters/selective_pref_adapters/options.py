@@ -14,6 +14,7 @@ from selective_pref import Pool, Ties
 
 ObjectiveName: TypeAlias = Literal["selective_dpo", "dpo", "simpo", "sft"]
 Truncation: TypeAlias = Literal["keep_start", "keep_end"]
+SharePrefix: TypeAlias = Literal["auto", "off"]
 
 PAPER_MAX_LENGTH = 4096
 """Tokens of prompt + completion in the paper (§5.1): the default, where the models can read so many."""
@@ -136,6 +137,8 @@ class TrainConfig(LossOptions, TrainInputs):
     """Of the models' weights; log-probs and losses are float32 at least."""
     fused_head: bool = True
     """Compute log-probs without materialising the logits, wherever the model allows it."""
+    share_prefix: SharePrefix = "auto"
+    """auto computes a pair's prompt once, and no padding, wherever fused_head and the model allow it; off does not."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed's ZeRO stage."""
     offload_optimizer: bool = False

@@ -22,6 +22,7 @@ from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.model_checks import trained_outside_adapters
 from selective_pref_adapters.models import evaluating, is_sharded, same_weights
+from selective_pref_adapters.options import SharePrefix
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
@@ -40,6 +41,8 @@ class RunningReference:
     Args:
         model: a causal LM; it is put into evaluation mode, and learns nothing from now on.
         fused_head: whether to compute its log-probs without materialising its logits, where the model allows it.
+        share_prefix: with it, whether to compute a prompt once for all rows that begin with it, where the model allows
+            it; the same as for the policy.
         start: how to make the model ready (move it, wrap it in an engine), given the device of the first batch; called
             once, at that batch, and may be set until then. None for a model that is ready.
     """
@@ -49,11 +52,12 @@ class RunningReference:
         model: nn.Module,
         *,
         fused_head: bool = True,
+        share_prefix: SharePrefix = "auto",
         start: Callable[[nn.Module, torch.device], Any] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         if fused_head:
-            install_fused_head(model, at_first_call=True)
+            install_fused_head(model, at_first_call=True, share_prefix=share_prefix)
         self.start = start
         self._running: Any = model if start is None else None
 

@@ -280,7 +280,7 @@ def test_accumulation_makes_the_steps_of_a_larger_batch(build: Run, pairs: list[
 def test_a_store_gives_the_numbers_of_the_online_reference(
     build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
 ) -> None:
-    """Bit for bit, also in data-loader workers."""
+    """Up to rounding, as the store's rows were computed one by one; also in data-loader workers."""
     options = {"evaluation": pairs[30:], "eval_strategy": "steps", "eval_steps": 4}
     online = build(**options)
     stored = build(

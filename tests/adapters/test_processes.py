@@ -79,6 +79,7 @@ def two(files: dict[str, Path]) -> dict[str, Any]:
     configs = {
         **{f"stage {stage}": configured(files, f"stage {stage}", zero_stage=stage) for stage in (0, 1, 2)},
         "stage 3": configured(files, "stage 3", **sharded),
+        "padded rows": configured(files, "padded rows", share_prefix="off", **sharded),
         "empty rank": configured(files, "empty rank", **sharded),
         "not finite": configured(
             files,
@@ -139,6 +140,12 @@ def test_two_processes_compute_what_one_does(files: dict[str, Path], two: dict[s
             [line["grad_norm"] for line in alone.metrics if "loss" in line], rel=1e-4
         )
     assert not (files["folder"] / "stage-3" / ".saving").exists()
+
+
+@pytest.mark.slow
+def test_sharded_weights_and_shared_prompts(two: dict[str, Any]) -> None:
+    assert [two[name]["shares"] for name in ("stage 0", "stage 2", "stage 3", "padded rows")] == [True] * 3 + [False]
+    assert losses(two["stage 3"]) == pytest.approx(losses(two["padded rows"]), rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.slow

@@ -89,7 +89,8 @@ def test_a_sweep_reads_what_was_computed_once_and_equals_the_reference_online_bi
     store = ReferenceStore.create(tmp_path, reference_space(teacher, tokenizer))
     report = fill_store(store, pairs, teacher, pad_token_id=0, progress=False)
     assert (report.rows, report.hits, report.computed) == (unique_rows(pairs), 0, unique_rows(pairs))
-    assert report.forward_passes == report.computed
+    prompts = {tuple(pair.chosen_ids[: pair.chosen_prompt_length]) for pair in pairs}
+    assert report.forward_passes == len(prompts) < report.computed / 2
     assert report.tokens == sum(len(row.ids) for row in {row.key: row for row in rows_of_pairs(pairs)}.values())
 
     online, calls = copy.deepcopy(teacher).eval(), count_forwards(teacher)
@@ -127,7 +128,7 @@ def test_a_sweep_reads_what_was_computed_once_and_equals_the_reference_online_bi
     assert (again.hits, again.computed, again.forward_passes, again.tokens) == (unique_rows(pairs), 0, 0, 0)
     assert calls == []
     more = fill_store(ReferenceStore.open(tmp_path), [*pairs, made_up_pair()], teacher, pad_token_id=0, progress=False)
-    assert (more.hits, more.computed, more.forward_passes) == (unique_rows(pairs), 2, 2)
+    assert (more.hits, more.computed, more.forward_passes) == (unique_rows(pairs), 2, 1)
     assert calls == [1, 1]
 
 
@@ -681,7 +682,7 @@ from selective_pref_adapters.pairs import TokenizedPair
 model, pairs, folder, report = sys.argv[1:]
 rank = int(os.environ["RANK"])
 config = ScoreConfig(ref_model=model, pairs=pairs, store=folder)
-assert score(config).forward_passes == 80
+assert score(config).forward_passes <= 80
 second = score(config)
 seen = {"second": {name: getattr(second, name) for name in ("hits", "computed", "forward_passes")}}
 

@@ -181,6 +181,7 @@ def test_one_trajectory_however_the_batch_is_made(make: Make, tmp_path: Path) ->
         },
         "padded to 16": {"pad_to_multiple_of": 16},
         "logits": {"fused_head": False},
+        "padded rows": {"share_prefix": "off"},
         "filled store": {"precompute_ref_log_probs": True, "reference_store": store},
         "store alone": {"reference_store": store, "ref_model": None},
     }
@@ -202,7 +203,8 @@ def test_weights_where_nothing_is_selected_get_no_gradient_from_the_head(make: M
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     trainer.compute_loss(trainer.model, batch).backward()
     kept = sum(math.ceil(0.4 * int(row.sum())) for row in batch["completion_mask"])
-    assert seen[0].shape == batch["input_ids"][:, 1:].shape  # log-probs left the head, not logits
+    completions = int(batch["completion_mask"][:, 1:].sum())
+    assert seen[0].shape == (1, completions)  # log-probs of the completion tokens left the head, not logits
     assert int((seen[0] != 0).sum()) == kept
 
 
@@ -946,7 +948,10 @@ def test_the_two_name_change_of_the_page(
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Path, make: Make) -> None:
-    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone."""
+    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone.
+
+    Two processes share prompts; the one that they are compared with computes padded rows.
+    """
     script = Path(__file__).with_name("trl_two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "adapters"))
@@ -959,10 +964,11 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     lines = {name: line for name, line in (json.loads(text) for text in (tmp_path / "runs.jsonl").open())}
-    single = trained(make(eval_dataset=Dataset.from_list(ROWS[:5])))
+    single = trained(make(eval_dataset=Dataset.from_list(ROWS[:5]), share_prefix="off"))
     single.evaluate()
     alone, evaluated = steps_of(single), single.state.log_history[-1]
-    for name in ("ddp", "zero2", "zero3", "store", "zero3 store"):
+    assert all(line["shared"] >= 4 for line in lines.values() if "shared" in line)
+    for name in ("ddp", "ddp checkpointing", "zero2", "zero3", "store", "zero3 store"):
         for step, (one, two) in enumerate(zip(alone, lines[name]["steps"], strict=True)):
             for metric in ("loss", "grad_norm", "rewards/margins", "entropy", "num_tokens", "selection/fraction"):
                 assert two[metric] == pytest.approx(one[metric], rel=2e-5, abs=2e-6), (name, step, metric)

@@ -60,7 +60,7 @@ def leave_processes() -> None:
 def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_step: int) -> tuple[Any, Any]:
     """(engine around the policy, learning-rate scheduler)."""
     if config.fused_head:
-        install_fused_head(policy)
+        install_fused_head(policy, share_prefix=config.share_prefix)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}

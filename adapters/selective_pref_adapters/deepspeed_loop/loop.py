@@ -299,4 +299,9 @@ def open_reference(
         return None
     loaded = load_model(model, dtype=config.dtype)
     check_same_tokenizer(tokenizer, load_tokenizer(model))
-    return RunningReference(loaded, fused_head=config.fused_head, start=partial(start_frozen_engine, config))
+    return RunningReference(
+        loaded,
+        fused_head=config.fused_head,
+        share_prefix=config.share_prefix,
+        start=partial(start_frozen_engine, config),
+    )

@@ -35,7 +35,7 @@ from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenc
 from selective_pref_adapters.model_checks import check_padding, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule
-from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
+from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
 from selective_pref_adapters.seeing.pictures import remove_selections_after
 from selective_pref_adapters.seeing.shown import shown_pairs
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw, keep_selection
@@ -126,10 +126,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
         for reference in loss.references.values():
             if isinstance(reference, AdapterOffReference):
                 reference.policy = functools.partial(_runnable, trainer)
-            else:
+            elif isinstance(reference, RunningReference):
                 reference.start = functools.partial(started_as_policy, trainer)
+                install_fused_head(reference.model, at_first_call=True, share_prefix=collator.share_prefix)
         # `model_init` makes another model at each `train`, which has no fused head: its logits are used.
-        collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
+        collator.fused_head = trainer.model_init is None and install_fused_head(
+            trainer.model, at_first_call=True, share_prefix=collator.share_prefix
+        )
         models = models_of(trainer)
         check_padding(collator.tokenizer, models)
         collator.set_max_length(models)

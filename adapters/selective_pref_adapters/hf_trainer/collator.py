@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
 from selective_pref_adapters.models import pad_token_id, usable_length
-from selective_pref_adapters.options import PAPER_MAX_LENGTH, Truncation
+from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
 from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
@@ -73,6 +73,8 @@ class PreferenceCollator:
         truncation_mode: of raw rows, as in `tokenize_pairs`.
         ref_store: where stored reference log-probs are looked up; None for a reference that runs beside the policy.
         scoring_ref_store: likewise of a reference that scores tokens (Eq. 6), where it is another than the anchor.
+        share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
+            heads and the models allow it; `off` does not.
         fused_head: whether to ask the model for log-probs instead of logits; `SelectionCallback` sets it.
     """
 
@@ -81,9 +83,12 @@ class PreferenceCollator:
     truncation_mode: Truncation = "keep_start"
     ref_store: ReferenceStore | None = None
     scoring_ref_store: ReferenceStore | None = None
+    share_prefix: SharePrefix = "auto"
     fused_head: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        if self.share_prefix not in ("auto", "off"):
+            raise ValueError(f"share_prefix must be 'auto' or 'off'; got {self.share_prefix!r}")
         for name, store in self.stores.items():
             if not isinstance(store, ReferenceStore):
                 raise TypeError(

@@ -40,7 +40,7 @@ class FillReport:
         rows: different rows (sides of pairs) that were asked for.
         hits: those that were stored already.
         computed: those whose log-probs were computed now.
-        forward_passes: calls of the model, or requests that were answered.
+        forward_passes: batches that the model was given, or requests that were answered.
         tokens: token positions of the rows that were computed.
         seconds: wall time of all of it, on this process.
     """
@@ -83,9 +83,10 @@ def fill_store(
     """Computes the log-probs of those rows of `pairs` that the store lacks, and stores them; the others cost nothing.
 
     The model is in evaluation mode and outside of autocast meanwhile, and every random state is afterwards as it was
-    before. On a CPU each row is a batch of its own, so that its log-probs depend on the row alone; on a GPU rows of
-    like length share a batch. A reference that runs beside the policy reads batches of other shapes, whose log-probs
-    differ in their last digits: `objectives.without_rounding` makes ties of such differences.
+    before. On a CPU each row is computed by itself, so that its log-probs depend on the row alone, and a prompt once
+    for all rows that begin with it. On a GPU rows of like length share a batch, and rows with the same prompt do. A
+    reference that runs beside the policy reads batches of other shapes, whose log-probs differ in their last digits:
+    `objectives.without_rounding` makes ties of such differences.
 
     With an initialised process group every process must call this with the same pairs; each computes its share, and all
     of them wait for the last and find all rows.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
+from selective_pref_adapters.heads import (
+    frozen_per_token_logps,
+    install_fused_head,
+    row_per_token_logps,
+    scores_rows_by_themselves,
+)
 from selective_pref_adapters.models import context_length, evaluating
 from selective_pref_adapters.reference_store.rows import Row, RowLogps
 from selective_pref_adapters.reference_store.shards import StoreError
@@ -26,7 +32,8 @@ def local_logps(
 ) -> Iterator[RowLogps]:
     """The log-probs that a model on this process gives to rows: a `LogpSource`, once its options are bound.
 
-    On a CPU each row is a batch of its own; on a GPU rows of like length share one.
+    On a CPU each row is computed by itself, and a prompt once for all rows that begin with it; on a GPU rows of like
+    length share a batch, and rows with the same prompt do.
 
     Raises:
         StoreError: a row is longer than the model can read, or holds ids that it does not have; before any is computed.
@@ -35,10 +42,16 @@ def local_logps(
     with _undisturbed(model):
         install_fused_head(model)
     device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-    for group in _groups(ordered, batch_tokens if device.type == "cuda" else 1):
+    if device.type == "cuda":
+        source, groups = frozen_per_token_logps, _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
+    elif scores_rows_by_themselves(model):
+        source = row_per_token_logps
+        groups = chain.from_iterable(_groups(some, batch_tokens) for some in _by_prompt(rows))
+    else:
+        source, groups = frozen_per_token_logps, ([row] for some in _by_prompt(rows) for row in some)
+    for group in groups:
         with _undisturbed(model), torch.autocast(device.type, enabled=False):
-            logps = frozen_per_token_logps(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
+            logps = source(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
         yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=True)]
 
 
@@ -60,11 +73,20 @@ def _check_readable(rows: Sequence[Row], model: Any) -> None:
             )
 
 
-def _groups(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Consecutive rows, the longest first, whose padded batch has at most `batch_tokens` positions (or one row)."""
+def _by_prompt(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The rows that begin with the same prompt, prompt by prompt; the longest first."""
+    found: dict[bytes, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        found.setdefault(row.ids[: int(row.mask.argmax())].tobytes(), []).append(row)
+    yield from found.values()
+
+
+def _groups(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Consecutive rows whose padded batch has at most `batch_tokens` positions (or one row)."""
     group: list[Row] = []
     for row in rows:
-        if group and (len(group) + 1) * len(group[0].ids) > batch_tokens:
+        widest = max(len(one.ids) for one in [*group, row])
+        if group and (len(group) + 1) * widest > batch_tokens:
             yield group
             group = []
         group.append(row)

@@ -23,7 +23,7 @@ from trl import DPOConfig
 
 from selective_pref import Objective, Response, ScoreFunction, alignment_scores, excess_loss_scores, selective_dpo_loss
 from selective_pref_adapters.objectives import Schedule, check_objective
-from selective_pref_adapters.options import SelectionOptions
+from selective_pref_adapters.options import SelectionOptions, SharePrefix
 from selective_pref_adapters.pairs import parse_columns
 
 OLDEST_TRL, FIRST_UNTRIED_TRL = "1.14", "1.17"
@@ -73,6 +73,8 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
         picture_pairs: at each evaluation, keep the selection of so many pairs, the first of the evaluation set, as
             `selection/step-….svg` and `.json` in the output folder, and as an image in every tracker.
+        share_prefix: `auto` computes a pair's prompt once, and no padding, wherever `fused_head` and the model allow
+            it; `off` does not.
         columns: which columns hold what, where the schema of the rows is not recognised by them.
         skip_malformed_rows: leave out rows that are no preference pair, and count them, instead of stopping.
         stock_tokenization: let TRL split and tokenise the rows, as `DPOTrainer` does, instead of this library's reader.
@@ -101,6 +103,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
     picture_pairs: int = field(
         default=0, metadata={"help": "At each evaluation, keep the selection of so many pairs as a picture."}
+    )
+    share_prefix: SharePrefix = field(
+        default="auto", metadata={"help": "Compute a pair's prompt once, and no padding (auto), or not (off)."}
     )
     columns: str | None = field(
         default=None, metadata={"help": "Which columns hold what: prompt=question,chosen=good,rejected=bad."}

@@ -139,7 +139,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             switch_off_dropout(self.model)
         self._check_once()
         if args.fused_head:
-            install_fused_head(self.model, at_first_call=True)
+            install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
         self.precompute_ref_logps = self.reference.built()
         if args.picture_pairs:
             self.add_callback(SelectionPictures(self, args.picture_pairs))
