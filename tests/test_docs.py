@@ -94,9 +94,60 @@ def test_reference_holds_the_public_names_once_each() -> None:
         assert sorted([*listed, *(set(module.__all__) & set(entries))]) == sorted(module.__all__)
 
 
+ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
+PACKAGES = (
+    "hf_trainer",
+    "trl_trainer",
+    "deepspeed_loop",
+    "reference_store",
+    "reference_store.served",
+    "pairs",
+    "seeing",
+)
+MODULES = ("batch", "heads", "objectives", "references", "models", "model_checks", "monitoring")
+
+
+def public_names(module: str) -> list[str]:
+    """`__all__`, else functions and classes without an underscore. Read from the source: no framework is loaded."""
+    path = ADAPTERS / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    assert module in MODULES, f"{module} has no __all__"
+    definitions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [node.name for node in definitions if not node.name.startswith("_")]
+
+
+@pytest.mark.parametrize("module", PACKAGES + MODULES)
+def test_reference_holds_the_public_names_of_the_adapters_once_each(module: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = re.findall(rf"^::: selective_pref_adapters\.{re.escape(module)}\.(\w+)$", text, re.MULTILINE)
+    assert sorted(entries) == sorted(public_names(module))
+
+
+MUTATIONS = re.findall(
+    r"^\| (?!mistake|---)(.+?) \| `([^`]+)` \| (.+) \|$",
+    (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_mutations_name_files_and_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8")
+    assert len(MUTATIONS) == len(re.findall(r"^\| (?!mistake)", text, re.MULTILINE)) > 200
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    tests = {name for source in sources for name in re.findall(r"^def test_(\w+)", source, re.MULTILINE)}
+    for mistake, file, seen_by in MUTATIONS:
+        assert any((folder / file).is_file() for folder in (ROOT / "selective_pref", ADAPTERS)), f"{mistake}: {file}"
+        names = re.findall(r"`(\w+)`", seen_by)
+        assert names, mistake
+        assert not set(names) - tests, f"{mistake}: {sorted(set(names) - tests)}"
+
+
 def train_flags() -> dict[str, str]:
     """Flag → default as the page writes it, read from the source: importing it would import DeepSpeed."""
-    tree = ast.parse((ROOT / "adapters" / "selective_pref_adapters" / "options.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ADAPTERS / "options.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     words = {"required": "required", "None": "none", "False": "off", "True": "on"}
 

@@ -157,11 +157,13 @@ FLOORS = [
     {"references"},
     {"reference_store"},
     {"heads", "objectives", "monitoring"},
-    {"model_inputs"},
+    {"named_losses"},
+    {"model_inputs", "shared_prefix"},
     {"batch"},
     {"pairs"},
+    {"model_checks"},
     {"models"},
-    {"options", "files"},
+    {"options", "files", "recipes"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 

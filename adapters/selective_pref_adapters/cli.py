@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from selective_pref_adapters.recipes import config_file, recipe_names
+from selective_pref_adapters.recipes import bare_word, config_file, recipe_names
 
 COMMANDS = {
     "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "log-probs of a reference into a store, once for all runs that read them",
     "inspect": "pairs as the loss reads them: a page, a picture or text, and statistics over a data set",
     "report": "one page of one run or several: curves, what differs, what it means",
+    "rows": "how each row of a file is read and tokenised, and what is left out, before anything is trained",
     "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
 }
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = {"score": "what was scored is stored", "inspect": "nothing was written", "report": "nothing was written"}
+        left = {"score": "computed rows are stored", "inspect": "nothing was written", "report": "nothing was written"}
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
@@ -114,10 +115,10 @@ def _score(arguments: list[str]) -> int:
     return 0
 
 
-_SCORE = """Score pairs with a reference, once, into a store that training reads.
+_SCORE = """Compute a reference's log-probs of pairs, once, into a store that training reads.
 
-Only what the store lacks is scored, so the same command goes on after a kill. --stat, --verify and --prune look after
-a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
+Only what the store lacks is computed, so the same command goes on after a kill. --stat, --verify and --prune count,
+check and tidy up a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
 """
 
 
@@ -158,6 +159,26 @@ def _report(arguments: list[str]) -> int:
 _REPORT = "Show how runs went: their curves over each other, what differs in their configuration, what to conclude."
 
 
+def _rows(arguments: list[str]) -> int:
+    import tyro
+
+    from selective_pref_adapters.options import RowsConfig
+
+    flags = _with_config_file(arguments, RowsConfig, "rows")
+    config = tyro.cli(RowsConfig, args=flags, prog="selective-pref rows", description=_ROWS)
+
+    from selective_pref_adapters.pairs.command import show_rows
+
+    return show_rows(config)
+
+
+_ROWS = """Show how rows are read: schema, prompt and completion tokens with the boundary, what is cut and left out.
+
+The exit status is 1 where nothing can be trained on. `--config FILE.yaml` reads flags from a file; flags on the command
+line win.
+"""
+
+
 def _demo(arguments: list[str]) -> int:
     from selective_pref_adapters.replication.demo import main as demo
 
@@ -168,6 +189,7 @@ _RUN = {
     "train": _train,
     "dpo": _dpo,
     "score": _score,
+    "rows": _rows,
     "inspect": _inspect,
     "report": _report,
     "demo": _demo,
@@ -182,21 +204,23 @@ def _with_config_file(arguments: list[str], config: type, command: str) -> list[
         config: the dataclass whose fields are the flags.
         command: whose recipes may be named, too.
     """
-    known = [field.name for field in fields(config)]
     flags: list[str] = []
     rest = iter(arguments)
     from_file: list[str] = []
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             path = argument.partition("=")[2] or next(rest, "")
-            from_file += _flags_of_file(path, known, command)
+            from_file += _flags_of_file(path, config, command)
         else:
             flags.append(argument)
     return from_file + flags
 
 
-def _flags_of_file(path: str, known: Sequence[str], command: str) -> list[str]:
+def _flags_of_file(path: str, config: type, command: str) -> list[str]:
     import yaml
+
+    known = {field.name: field.default for field in fields(config)}
+    kinds = get_type_hints(config)
 
     if not path:
         names = recipe_names(command)
@@ -213,6 +237,13 @@ def _flags_of_file(path: str, known: Sequence[str], command: str) -> list[str]:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             meant = f": did you mean {near[0]!r}?" if near else f". Options are {', '.join(known)}"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
+        switch = bool in (kinds[name], *get_args(kinds[name]))
+        if isinstance(value := options[name], bool) and not switch:
+            choices = [choice for kind in (kinds[name], *get_args(kinds[name])) for choice in get_args(kind)]
+            choices = [choice for choice in choices if isinstance(choice, str | int)]
+            options[name] = bare_word(f"{path}: {name}", value, choices=choices, default=known[name])
+        if kinds[name] is bool and not isinstance(value, bool):
+            raise ValueError(f"{path}: {name}: expected true or false, got {value!r}")
     return [flag for name, value in options.items() for flag in _flag(str(name), value)]
 
 

@@ -9,6 +9,8 @@ changes: its other calls, the signature of its forward, generation, saving, pick
 class. The head is still called as a module, so whatever gathers, shards or checkpoints weights around modules (ZeRO-3,
 FSDP2) finds it where it expects it. A model whose head does anything that the fused head does not (found by a test of
 its own forward, not by its name) is served by its logits, and a log line says so.
+
+Before the head comes the body: `shared_prefix` decides how the rows of a batch go through it.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from torch import Tensor, nn
 from selective_pref import per_token_logps
 from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 from selective_pref_adapters.batch import Batch, labels_of
-from selective_pref_adapters.model_inputs import causal_lm, inputs_of
-from selective_pref_adapters.models import text_config
+from selective_pref_adapters.model_inputs import causal_lm, has_soft_prompt, inputs_of
+from selective_pref_adapters.models import evaluating, text_config
 from selective_pref_adapters.pairs import IGNORE_INDEX
+from selective_pref_adapters.shared_prefix import continues, lay_out, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
             takes (see `inputs_of`).
     """
     labels = labels_of(batch)
-    if _is_served(model):
+    if isinstance(causal_lm(model), WithFusedHead):
         return model(**inputs_of(model, batch), completion_labels=labels)
     return _dense_logps(model(**inputs_of(model, batch)).logits, labels)
 
@@ -57,7 +60,7 @@ def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitS
     Args: as `model_per_token_logps`.
     """
     labels = labels_of(batch)
-    if _is_served(model):
+    if isinstance(causal_lm(model), WithFusedHead):
         logps, *statistics = model(**inputs_of(model, batch), completion_labels=labels, statistics=True)
     else:
         logps, *statistics = _dense_logps_and_statistics(model(**inputs_of(model, batch)).logits, labels)
@@ -70,7 +73,7 @@ def model_logps_statistics_and_auxiliary_loss(model: Any, batch: Batch) -> tuple
     Args: as `model_per_token_logps`; the model's forward takes `output_router_logits`.
     """
     labels, inputs = labels_of(batch), {**inputs_of(model, batch), "output_router_logits": True}
-    if _is_served(model):
+    if isinstance(causal_lm(model), WithFusedHead):
         logps, *statistics, auxiliary = model(**inputs, completion_labels=labels, statistics=True)
     else:
         outputs = model(**inputs)
@@ -98,10 +101,36 @@ def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
         return model_per_token_logps(model, batch).detach()
 
 
+def scores_rows_by_themselves(model: Any) -> bool:
+    """Whether `row_per_token_logps` is for this model: on a CPU, where its rows can be computed one by one.
+
+    Args:
+        model: a causal LM, or a PEFT model around one, with a fused head; without an engine.
+    """
+    causal = causal_lm(model)
+    shares = isinstance(causal, WithFusedHead) and causal._share_prefix == "auto" and not has_soft_prompt(model)
+    return shares and _is_fused(causal) and continues(causal)
+
+
+def row_per_token_logps(model: Any, batch: Batch) -> Tensor:
+    """`frozen_per_token_logps`, but the bits of a row's log-probs depend on that row alone: [2B T].
+
+    A prompt that several rows begin with is computed once all the same.
+
+    Args:
+        model: one that `scores_rows_by_themselves`, in evaluation mode.
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1].
+    """
+    with torch.no_grad():
+        return model(**inputs_of(model, batch), completion_labels=labels_of(batch), by_row=True).detach()
+
+
 # --- the fused head in a model ---------------------------------------------------------------------------------------
 
 
-def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool:
+def install_fused_head(
+    model: nn.Module, *, at_first_call: bool = False, share_prefix: Literal["auto", "off"] | None = None
+) -> bool:
     """Makes `model_per_token_logps` of this model use the fused head; returns whether it could.
 
     Args:
@@ -109,9 +138,17 @@ def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool
             wrapped by an engine. Calling twice is harmless.
         at_first_call: decide when the model is first asked for log-probs, and return True: for a model whose weights
             an engine will move, cast or shard (or has sharded already).
+        share_prefix: `auto` computes a prompt once for all rows that begin with it, where that gives the model's own
+            numbers; `off` never does. None leaves it as it was: at first, `auto`.
+
+    Raises:
+        ValueError: `share_prefix` is something else.
     """
+    if share_prefix not in ("auto", "off", None):
+        raise ValueError(f"share_prefix must be 'auto' or 'off'; got {share_prefix!r}")
     causal = causal_lm(model)
     if isinstance(causal, WithFusedHead):
+        causal._share_prefix = share_prefix or causal._share_prefix
         return True
     if "forward" in vars(causal):
         _log_why_not(causal, f"its forward is not its class's own: {_REPLACED}")
@@ -120,6 +157,9 @@ def install_fused_head(model: nn.Module, *, at_first_call: bool = False) -> bool
     if options is False:
         return False
     causal._fused_head, causal.__class__ = options, _class_with_fused_head(type(causal))
+    causal._share_prefix = share_prefix or "auto"
+    if not at_first_call and causal._share_prefix == "auto":
+        prepare(causal)
     return True
 
 
@@ -131,6 +171,7 @@ class WithFusedHead:
     """
 
     _fused_head = None  # options, once decided
+    _share_prefix = "auto"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with _as_its_own_class(self):
@@ -161,7 +202,12 @@ def _class_with_fused_head(own: Any) -> type:
     """A subclass with the name and the signatures of `own`, whose forward knows `completion_labels`."""
 
     def forward(
-        self: Any, *args: Any, completion_labels: Tensor | None = None, statistics: bool = False, **kwargs: Any
+        self: Any,
+        *args: Any,
+        completion_labels: Tensor | None = None,
+        statistics: bool = False,
+        by_row: bool = False,
+        **kwargs: Any,
     ) -> Any:
         if completion_labels is None:
             return own.forward(self, *args, **kwargs)
@@ -171,8 +217,14 @@ def _class_with_fused_head(own: Any) -> type:
             dense = _dense_logps_and_statistics if statistics else _dense_logps
             return dense(own.forward(self, *args, **kwargs).logits, completion_labels)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # not every body takes `labels`
+        if self._share_prefix == "auto" and not args:
+            compiled = torch.compiler.is_compiling()
+            layout = lay_out(self, kwargs, completion_labels, by_row=by_row, compiled=compiled)
+            if layout is not None:
+                head = functools.partial(_call_head, self, statistics=statistics)
+                return layout.outputs(layout.states(self), head, completion_labels, by_row=by_row)
         hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
-        return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics)
+        return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics=statistics)
 
     functools.update_wrapper(forward, own.forward)
     vars(forward)["__signature__"] = inspect.signature(own.forward)
@@ -210,7 +262,7 @@ def _with_auxiliary_loss(causal: Any, forward: Callable[[], Any], labels: Tensor
 
 
 @torch.compiler.disable
-def _call_head(causal: Any, hidden: Tensor, labels: Tensor, statistics: bool) -> Any:
+def _call_head(causal: Any, hidden: Tensor, labels: Tensor, *, statistics: bool) -> Any:
     """Log-probs [B T] (and statistics) from the head, which is called as a module with its forward replaced."""
     head, options = causal.get_output_embeddings(), causal._fused_head
 
@@ -232,10 +284,6 @@ def _forward_replaced(head: nn.Module, forward: Callable[[Tensor], Any]) -> Iter
         yield
     finally:
         del head.forward
-
-
-def _is_served(model: Any) -> bool:
-    return isinstance(causal_lm(model), WithFusedHead)
 
 
 # --- by logits -------------------------------------------------------------------------------------------------------
@@ -321,20 +369,16 @@ def _fitting_options(causal: Any) -> Options | str:
 
     ids = torch.arange(3, device=head.weight.device).unsqueeze(0) % head.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    modes = [(module, module.training) for module in causal.modules()]
-    causal.eval()
     try:
-        with torch.no_grad(), _forward_replaced(head, record):
+        with torch.no_grad(), evaluating(causal), _forward_replaced(head, record):
             # At the first call this runs inside the model's forward, so what wraps that (autocast) must not run again.
             inside = isinstance(causal, WithFusedHead)
             logits = (type(causal).forward(causal, **inputs) if inside else causal(**inputs)).logits
             hidden = causal.base_model(**inputs)[0]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError) as error:
         return f"its forward cannot be taken apart: {type(error).__name__}: {error}"
-    finally:
-        for module, training in modes:
-            module.training = training
-    if len(seen) != 1 or seen[0].shape != hidden.shape or not torch.allclose(seen[0], hidden, equal_nan=True):
+    changed = len(seen) != 1 or seen[0].shape != hidden.shape or seen[0].dtype != hidden.dtype  # Mamba casts, in bf16
+    if changed or not torch.allclose(seen[0], hidden, equal_nan=True):
         return "something stands between its body and its head"
     tolerance = 8 * torch.finfo(hidden.dtype).eps
     for options in (_named_options(causal), _PLAIN):

@@ -66,9 +66,15 @@ def _counts_from_the_first_token(model: Any) -> bool:
     embeddings = getattr(getattr(causal, "base_model", None), "embeddings", None)
     if getattr(embeddings, "padding_idx", None) is not None:
         return False  # RoBERTa and its kin count from the padding's id on
+    return not has_soft_prompt(model)  # there PEFT counts
+
+
+def has_soft_prompt(model: Any) -> bool:
+    """Whether PEFT puts learned vectors in front of every row."""
+    causal = causal_lm(model)
     wrappers = takewhile(lambda module: module is not causal, model.modules())
     configs = (getattr(module, "active_peft_config", None) for module in wrappers)
-    return not any(getattr(config, "is_prompt_learning", False) for config in configs)  # there PEFT counts
+    return any(getattr(config, "is_prompt_learning", False) for config in configs)
 
 
 @functools.cache

@@ -1,14 +1,12 @@
-"""Models and tokenizers: loaded once, asked what they can read, and checked before they are trained.
+"""Models and tokenizers: loaded once, and asked what they can read.
 
 In: the folder or hub id of a causal language model, or a loaded one. Out: the model and its tokenizer, or an error that
-says what is wrong with the folder; its context length, its vocabulary, whether it has anything to train and can be
-saved afterwards, whether its weights are sharded, whether two models have equal weights. Every adapter and command asks
-here.
+says what is wrong with the folder; its context length, its vocabulary, whether its weights are sharded, whether two
+models have equal weights. Every adapter and command asks here.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,9 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref_adapters.options import PAPER_MAX_LENGTH
 
@@ -50,12 +46,40 @@ def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Mod
     if attention is not None:
         options["attn_implementation"] = attention
     model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options), ("config.json",))
-    for module in model.modules():
-        rates = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
-        for rate in rates:
-            if isinstance(getattr(module, rate), float):
-                setattr(module, rate, 0.0)
+    switch_off_dropout(model)
     return model
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model folder or hub id; None where there is none, as beside a tokenizer alone."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate of a model and its adapters to 0: in training it then gives the same log-probs as else.
+
+    Besides `nn.Dropout` modules there are rates that a module keeps as a number, and passes to a function (OPT, Llama).
+    """
+    for module, name in _dropout_rates(model):
+        setattr(module, name, 0.0)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some dropout rate of a model is above 0."""
+    return any(getattr(module, name) > 0 for module, name in _dropout_rates(model))
+
+
+def _dropout_rates(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where a model keeps its dropout rates: (module, name of the attribute)."""
+    found = [
+        (module, name)
+        for module in model.modules()
+        for name in (["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name])
+    ]
+    return [(module, name) for module, name in found if isinstance(getattr(module, name), float)]
 
 
 def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str, ...]) -> Any:
@@ -103,7 +127,9 @@ def usable_length(max_length: int | None, models: Mapping[str, Any]) -> int:
     contexts = {name: length for name, model in models.items() if (length := context_length(model)) is not None}
     for name, context in contexts.items():
         if max_length is not None and max_length > context:
-            raise ValueError(f"max_length {max_length} is longer than the {name} can read ({context} tokens)")
+            raise ValueError(
+                f"max_length {max_length} is longer than the {name} can read ({context} tokens): give {context} or less"
+            )
     return max_length if max_length is not None else min([PAPER_MAX_LENGTH, *contexts.values()])
 
 
@@ -129,117 +155,67 @@ def pad_token_id(tokenizer: Any) -> int:
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
-# --- before training -------------------------------------------------------------------------------------------------
+# --- what two tokenizers mean -----------------------------------------------------------------------------------------
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Raises ValueError where no parameter of the policy takes a gradient: a run would leave every weight as it is."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        remedy = (
-            "load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
-            if hasattr(model, "peft_config")
-            else "call requires_grad_(True) on what is to be trained, or put an adapter on the model"
-        )
-        raise ValueError(f"the policy has no trainable parameter: {remedy}")
+def own_vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Token → id of a tokenizer, without a pad token that it was given behind all others.
 
-
-def auxiliary_loss_coefficient(model: Any) -> float:
-    """The weight of the load-balancing loss that a mixture of experts asks for; 0 where it asks for none.
-
-    transformers adds this loss to its own where the configuration says `output_router_logits: true`, with the weight
-    `router_aux_loss_coef`. Per-token log-probs do not contain it.
+    No row that a model reads holds it (masks hide it), so tokenizers are the same with it and without.
     """
-    config = text_config(model)
-    if not getattr(config, "output_router_logits", False):
-        return 0.0
-    names = ("router_aux_loss_coef", "aux_loss_coef")
-    return next((float(value) for name in names if (value := getattr(config, name, None)) is not None), 0.0)
+    vocabulary = dict(tokenizer.get_vocab())
+    pad = getattr(tokenizer, "pad_token", None)
+    others = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token")]
+    if pad in vocabulary and pad not in others and vocabulary[pad] == max(vocabulary.values()):
+        del vocabulary[pad]
+    return vocabulary
 
 
-def check_no_auxiliary_loss(model: Any) -> None:
-    """Raises ValueError where a mixture of experts asks for a load-balancing loss: preference losses do not add it."""
-    coefficient = auxiliary_loss_coefficient(model)
-    if coefficient:
-        raise ValueError(
-            f"the policy is a mixture of experts whose configuration asks for a load-balancing loss (output_router_"
-            f"logits true, coefficient {coefficient:g}), which is not added to the preference loss here. Set "
-            "output_router_logits to false (or the coefficient to 0) in its config.json to train without it"
-        )
+def check_same_tokenizer(policy: Any, reference: Any) -> None:
+    """Raises unless both tokenizers give every token string the same id; names the first that differs.
 
-
-_READ_BY_SAMPLING = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-"""Options of a generation configuration that greedy decoding does not read, and the values that change nothing."""
-
-
-def check_savable(model: Any, tokenizer: Any = None) -> list[str]:
-    """Finds out before a run whether `save_pretrained` is going to refuse the trained model after it.
-
-    All of it but the weights is saved into a temporary folder. Beforehand, a generation configuration that decodes
-    greedily loses the options that sampling alone reads: generated text stays the same, but transformers may refuse to
-    save them (a `generation_config.json` with `do_sample: false` and a `temperature`).
-
-    Args:
-        model: the policy. Of a PEFT model the adapters are saved, so only its generation configuration is looked at.
-        tokenizer: what is going to be saved beside it, or None.
-
-    Returns:
-        What was changed, one sentence for each change.
+    Vocabularies are compared token by token, not by size: a padded or larger vocabulary of the reference is fine,
+    and so is a padding token that the policy's tokenizer was given behind all others.
 
     Raises:
-        ValueError: something will be refused; the message holds what transformers says.
+        ValueError: an id of the policy's vocabulary means something else to the reference.
     """
-    notes = _drop_unread_sampling_options(model)
-    adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
-        try:
-            if not adapted and hasattr(model, "save_pretrained"):
-                model.save_pretrained(folder, state_dict={})
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"the trained model could not be saved at the end, so change this first: {reason}"
-            ) from error
-    return notes
+    difference = differing_token(own_vocabulary(policy), reference.get_vocab())
+    if difference is not None:
+        raise ValueError(
+            f"policy and reference tokenize differently: {difference}. Per-token log-probs of different tokens cannot "
+            "be compared: choose a reference that shares the policy's tokenizer"
+        )
 
 
-def _drop_unread_sampling_options(model: Any) -> list[str]:
-    generation = getattr(model, "generation_config", None)
-    if generation is None or generation.do_sample:
-        return []
-    dropped = [n for n, neutral in _READ_BY_SAMPLING.items() if getattr(generation, n, None) not in (None, neutral)]
-    for name in dropped:
-        setattr(generation, name, None)
-    if not dropped:
-        return []
-    return [
-        f"the generation configuration says do_sample: false, beside which {', '.join(dropped)} are not read and might "
-        "not be saved: the trained model's generation_config.json is written without them"
-    ]
+def differing_token(policy: dict[str, int], reference: dict[str, int]) -> str | None:
+    """The first token, in order of the policy's ids, that has another id in the reference's vocabulary; None if none.
+
+    Args:
+        policy, reference: token → id. What only the reference has does not matter.
+    """
+    by_id = {token_id: token for token, token_id in reference.items()}
+    for token, token_id in sorted(policy.items(), key=lambda item: item[1]):
+        if reference.get(token) != token_id:
+            other = by_id.get(token_id)
+            said = "no token" if other is None else repr(other)
+            return f"id {token_id} is {token!r} for the policy and {said} for the reference"
+    return None
+
+
+# --- weights and modes -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without dropout; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-# --- weights ---------------------------------------------------------------------------------------------------------
+        for module, training in modes.items():
+            module.training = training
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -262,48 +238,3 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
-
-
-# --- what stays when adapters are off, and what a checkpoint gives back -----------------------------------------------
-
-
-def trained_outside_adapters(model: Any) -> list[str]:
-    """The trainable parameters of a PEFT model that stay as they are when its adapters are switched off.
-
-    Those of an adapter carry its name (`lora_A.default.weight`); others are the base model's own, such as the biases
-    that ``LoraConfig(bias="all")`` trains.
-    """
-    adapters = [f".{name}." for name in model.peft_config]
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not any(adapter in f".{name}." for adapter in adapters)
-    ]
-
-
-def check_reloadable(trainer: Any, what: str) -> None:
-    """Raises ValueError where transformers' `Trainer` would not load all weights of a checkpoint back.
-
-    `save_pretrained` gives the weights of experts other names than the model has. `from_pretrained` reads them again;
-    `Trainer`, which loads a checkpoint name by name, leaves such weights as they are. DeepSpeed and FSDP have
-    checkpoints of their own.
-
-    Args:
-        trainer: a `Trainer` with its model.
-        what: the option that needs the checkpoint, for the message.
-    """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not is_saved_under_other_names(trainer.model):
-        return
-    raise ValueError(
-        f"{what}: transformers saves some weights of {type(trainer.model).__name__} (its experts) under other names "
-        "than it loads them by, so a checkpoint would not be loaded back completely. Load the checkpoint with "
-        "from_pretrained instead, train under DeepSpeed, or train adapters"
-    )
-
-
-def is_saved_under_other_names(model: Any) -> bool:
-    """Whether `save_pretrained` gives the weights other names than the model has, as it does for experts."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    names = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
-    return set(revert_weight_conversion(model, names)) != set(names)

@@ -8,6 +8,7 @@ sent.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, variance
 
@@ -217,41 +218,89 @@ def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
     return found + (["below_half"] if max(accuracies) < 0.5 else [])
 
 
-def verdict(lines: Sequence[Mapping[str, float | None]]) -> list[str]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the log of a run says of it.
+
+    Attributes:
+        moved: a sentence on whether the full margin and accuracy rose or fell; empty without two values of them.
+        rose: whether the full margin ended above its beginning.
+        warnings: kind, as in `SIGNS` → sentence.
+    """
+
+    moved: str
+    rose: bool
+    warnings: dict[str, str]
+
+    @property
+    def sentences(self) -> list[str]:
+        """What moved, then what looks wrong."""
+        return [*filter(None, [self.moved]), *(f"Warning: {warning}." for warning in self.warnings.values())]
+
+
+def verdict(
+    lines: Sequence[Mapping[str, float | None]], *, selection_ratio: float = 1.0, patience: int = 10
+) -> Verdict:
     """What the log of a run says of it: whether the full margin and accuracy rose or fell, and what looks wrong.
 
     The full-sequence numbers decide, since the selected ones are biased by the selection. They are those of the
-    evaluations, or of the training lines of a run without two evaluations.
+    evaluations, or of the training lines of a run without two evaluations. Margins of a run whose β changes are
+    compared at its last β.
 
     Args:
-        lines: of the log, oldest first: metric → value, with `eval_` in front at evaluations; None where a value was
-            not finite.
-
-    Returns:
-        Sentences, the first about what moved; none where the log holds no two values to compare.
+        lines: of the log, oldest first: metric → value, with `eval_` in front at evaluations; None or NaN where a
+            value was not finite.
+        selection_ratio: the run's, where its log does not say (`selection/ratio`); 1 where nothing is selected.
+        patience: how many training lines are compared with as many before them.
     """
-    series = {prefix: _margins_and_accuracies(lines, prefix) for prefix in ("eval_", "")}
+    series = {prefix: _margins_and_accuracies(lines, prefix) for prefix in ("", "eval_")}
+    patiences = {"": patience, "eval_": max(3, patience // 3)}
+    signs = {kind: name for name, seen in series.items() for kind in wrong_signs(seen, patiences[name])}
     prefix = "eval_" if len(series["eval_"]) > 1 else ""
-    if len(series[prefix]) < 2:
-        return []
-    (first_margin, first_accuracy), (last_margin, last_accuracy) = series[prefix][0], series[prefix][-1]
-    sentences = [
-        f"The full margin ({prefix}rewards/margins) {_moved(first_margin, last_margin)}, the full accuracy "
-        f"({prefix}rewards/accuracies) {_moved(first_accuracy, last_accuracy)}."
-    ]
-    signs = {kind: name for name, patience in (("", 10), ("eval_", 3)) for kind in wrong_signs(series[name], patience)}
-    if last_margin < first_margin and last_accuracy < first_accuracy:
-        signs.setdefault("falling", prefix)
-    return sentences + [f"Warning: {SIGNS[kind].format(prefix=name)}." for kind, name in signs.items()]
+    moved, rose = "", False
+    if len(series[prefix]) > 1:
+        (first_margin, first_accuracy), (last_margin, last_accuracy) = series[prefix][0], series[prefix][-1]
+        rose = last_margin > first_margin
+        moved = (
+            f"The full margin ({prefix}rewards/margins) {_moved(first_margin, last_margin)}, the full accuracy "
+            f"({prefix}rewards/accuracies) {_moved(first_accuracy, last_accuracy)}."
+        )
+        if last_margin < first_margin and last_accuracy < first_accuracy:
+            signs.setdefault("falling", prefix)
+    for line in lines:
+        ratio = line.get("selection/ratio") or selection_ratio
+        for name in series:
+            for kind in _signs_of_line(line, name, selects=ratio < 1):
+                signs.setdefault(kind, name)
+    return Verdict(
+        moved=moved, rose=rose, warnings={kind: SIGNS[kind].format(prefix=name) for kind, name in signs.items()}
+    )
+
+
+def _signs_of_line(line: Mapping[str, float | None], prefix: str, *, selects: bool) -> list[str]:
+    """Kinds of warning that one line of a log gives rise to, by itself."""
+    found = ["non_finite"] if (line.get(f"{prefix}selection/skipped_pairs") or 0) > 0 else []
+    if selects and (line.get(f"{prefix}selection/tied_fraction") or 0) > MOSTLY_TIED:
+        found.append("ties")
+    if selects and line.get("step") == 0 and all(line.get(f"{prefix}rewards/{s}") == 0 for s in ("chosen", "rejected")):
+        found.append("self_reference")
+    return found
 
 
 def _margins_and_accuracies(lines: Sequence[Mapping[str, float | None]], prefix: str) -> list[list[float]]:
-    found = [[line.get(f"{prefix}rewards/{name}") for name in ("margins", "accuracies")] for line in lines]
-    return [[margin, accuracy] for margin, accuracy in found if margin is not None and accuracy is not None]
+    """[full margin, full accuracy] of each line that has both; margins at the last β."""
+    names = (f"{prefix}rewards/margins", f"{prefix}rewards/accuracies")
+    found = [[*(line.get(name) for name in names), line.get("selection/beta") or 1.0] for line in lines]
+    finite = [
+        (margin, accuracy, beta)
+        for margin, accuracy, beta in found
+        if margin is not None and accuracy is not None and math.isfinite(margin) and math.isfinite(accuracy)
+    ]
+    return [[margin * (finite[-1][2] / beta), accuracy] for margin, accuracy, beta in finite]
 
 
 def _moved(first: float, last: float) -> str:
-    if first == last:
+    if f"{first:.4g}" == f"{last:.4g}":
         return f"stayed at {last:.4g}"
     return f"{'rose' if last > first else 'fell'} from {first:.4g} to {last:.4g}"
 

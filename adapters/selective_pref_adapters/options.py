@@ -1,4 +1,4 @@
-"""The options of a loss, of `selective-pref train` and of `score`, as dataclasses.
+"""The options of a loss, and of `selective-pref train`, `score` and `rows`, as dataclasses.
 
 Imports no framework, so that `--help` is quick. The command line and the YAML file are made from them: a field's name
 is the flag, its docstring (or its metadata) the help. The options of a loss are said here only: `train`, TRL's
@@ -33,6 +33,7 @@ LossName: TypeAlias = Literal[
 """The pair losses, by TRL's names; `docs/maths.md` says which function each is."""
 DivergenceName: TypeAlias = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 Truncation: TypeAlias = Literal["keep_start", "keep_end"]
+SharePrefix: TypeAlias = Literal["auto", "off"]
 
 PAPER_MAX_LENGTH = 4096
 """Tokens of prompt + completion in the paper (§5.1): the default, where the models can read so many."""
@@ -109,7 +110,7 @@ class TrainInputs:
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
     pairs: str
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     ref_model: str | None = None
     """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
     reference_store: str | None = None
@@ -140,8 +141,10 @@ class TrainConfig(LossOptions, TrainInputs):
     """Tokens of prompt + completion; default: what both models can read, at most the paper's 4096."""
     truncation_mode: Truncation = "keep_start"
     """keep_start cuts the end of what is too long, keep_end the start."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
-    """Leave out rows that are no preference pair (counted), instead of stopping at the first."""
+    """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -168,6 +171,8 @@ class TrainConfig(LossOptions, TrainInputs):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_steps: int | None = None
     """Evaluate every so many steps; it is always done before the first and after the last."""
+    picture_pairs: int = 2
+    """At each evaluation, keep the selection of so many held-out pairs, the first ones, as a picture; 0 for none."""
     logging_steps: int = 10
     """Write metrics every so many steps: means over them, with the last step's gradient norm."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
@@ -188,6 +193,8 @@ class TrainConfig(LossOptions, TrainInputs):
     """Of the models' weights; log-probs and losses are float32 at least."""
     fused_head: bool = True
     """Compute log-probs without materialising the logits, wherever the model allows it."""
+    share_prefix: SharePrefix = "auto"
+    """auto computes a pair's prompt once, and no padding, wherever fused_head and the model allow it; off does not."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed's ZeRO stage."""
     offload_optimizer: bool = False
@@ -224,6 +231,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval_pairs",
         "eval_steps",
         "logging_steps",
+        "picture_pairs",
         "tracker",
         "save_steps",
         "keep_checkpoints",
@@ -245,15 +253,18 @@ class ScoreConfig:
     ref_model: str | None = None
     """Reference: a folder or hub id of a causal language model; with --url, the name it is served under."""
     pairs: str | None = None
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     tokenizer: str | None = None
     """The policy's model or tokenizer: pairs are tokenised by it. Default: the reference's own."""
     max_length: int | None = None
-    """Tokens of prompt + completion, the same as in training. Default: what the reference can read, at most 4096."""
+    """Tokens of prompt + completion, the same as in training. Default: what the reference, and the policy that
+    --tokenizer names, can read, at most 4096."""
     truncation_mode: Truncation = "keep_start"
     """keep_start cuts the end of what is too long, keep_end the start; the same as in training."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
-    """Leave out rows that are no preference pair (counted), instead of stopping at the first."""
+    """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the reference's weights; log-probs are stored in float32."""
     attention: str | None = None
@@ -261,7 +272,7 @@ class ScoreConfig:
     batch_tokens: int = 16384
     """Token positions of one batch on a GPU; a CPU takes row after row."""
     flush_seconds: float = 30.0
-    """What is scored is written at least this often: what a kill costs at most."""
+    """What is computed is written at least this often: a kill loses no more."""
     url: str | None = None
     """A server that speaks OpenAI's completions protocol, up to and with /v1: it is asked instead of a local model."""
     protocol: Literal["completions", "prompt_logprobs"] = "completions"
@@ -281,11 +292,11 @@ class ScoreConfig:
     stat: bool = False
     """Only show what the store holds; with --pairs and --tokenizer or --ref-model, also how many rows it lacks."""
     verify: bool = False
-    """Only score a random sample of the stored rows again, and compare."""
+    """Only compute a random sample of the stored rows again, and compare."""
     verify_rows: int = 64
     """Rows of that sample."""
     verify_seed: int = 0
-    """Which ones are drawn."""
+    """Seed of that sample."""
     verify_tolerance: float | None = None
     """Largest difference in nats that passes. Default: 1e-3 for float32 on this machine; else 0.5, and of a server
     0.015 in the mean."""
@@ -294,3 +305,23 @@ class ScoreConfig:
     other rows go, too."""
     space: str | None = None
     """Which reference --stat and --prune mean, by name or label. Default: all."""
+
+
+@dataclass(kw_only=True)
+class RowsConfig:
+    """Which rows are looked at, with whose tokenizer, and cut to which length."""
+
+    pairs: str
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
+    tokenizer: str
+    """The policy: a folder or hub id with a tokenizer."""
+    rows: int = 3
+    """How many rows to show, from the first one on; the summary is over all."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
+    max_length: int | None = None
+    """Tokens of prompt + completion, as in training. Default: what the model can read, at most 4096."""
+    truncation_mode: Truncation = "keep_start"
+    """keep_start cuts the end of what is too long, keep_end the start; as in training."""
+    json: bool = False
+    """Write one JSON object instead of text: everything that is shown, with all ids."""

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.models import is_sharded, same_weights, trained_outside_adapters
+from selective_pref_adapters.model_checks import trained_outside_adapters
+from selective_pref_adapters.models import evaluating, is_sharded, same_weights
+from selective_pref_adapters.options import SharePrefix
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
@@ -39,8 +41,10 @@ class RunningReference:
     Args:
         model: a causal LM; it is put into evaluation mode, and learns nothing from now on.
         fused_head: whether to compute its log-probs without materialising its logits, where the model allows it.
+        share_prefix: with it, whether to compute a prompt once for all rows that begin with it, where the model allows
+            it; the same as for the policy.
         start: how to make the model ready (move it, wrap it in an engine), given the device of the first batch; called
-            once, at that batch. None for a model that is ready.
+            once, at that batch, and may be set until then. None for a model that is ready.
     """
 
     def __init__(
@@ -48,18 +52,19 @@ class RunningReference:
         model: nn.Module,
         *,
         fused_head: bool = True,
+        share_prefix: SharePrefix = "auto",
         start: Callable[[nn.Module, torch.device], Any] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         if fused_head:
-            install_fused_head(model, at_first_call=True)
-        self._start = start
+            install_fused_head(model, at_first_call=True, share_prefix=share_prefix)
+        self.start = start
         self._running: Any = model if start is None else None
 
     def __call__(self, batch: Batch) -> Tensor:
         """The model's log-probs of the batch [2B T]."""
-        if self._running is None and self._start is not None:
-            self._running = self._start(self.model, batch["input_ids"].device)
+        if self._running is None and self.start is not None:
+            self._running = self.start(self.model, batch["input_ids"].device)
         return frozen_per_token_logps(self._running, batch)
 
 
@@ -172,15 +177,3 @@ def _adapters_add_nothing(reference: AdapterOffReference) -> bool:
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
     return torch.equal(logits(nullcontext()), logits(reference.switched()))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without dropout; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from selective_pref_adapters import heads
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.deepspeed_loop import loop, sampling
 from selective_pref_adapters.options import TrainConfig
@@ -103,6 +104,22 @@ def stop_at(call: int, rank: str = "0") -> None:
 step_engine_of_the_loop = loop.step_engine
 
 
+def count_shared() -> list[int]:
+    """How many batches share their prompts from now on."""
+    shared = [0]
+
+    def lay_out(*args: Any, **options: Any) -> Any:
+        found = lay_out_of_the_heads(*args, **options)
+        shared[0] += found is not None
+        return found
+
+    heads.lay_out = lay_out
+    return shared
+
+
+lay_out_of_the_heads = heads.lay_out
+
+
 def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
     """All that two processes are asked to do; results go to `folder`, one file a process."""
     seen: dict[str, Any] = {}
@@ -112,9 +129,11 @@ def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
             continue
         if name == "stopped":
             stop_at(3, rank="1")
+        shared = count_shared()
         result = loop.train(config)
         loop.step_engine = step_engine_of_the_loop
         seen[name] = {"metrics": result.metrics, "summary": result.summary, "stopped_at": result.stopped_at}
+        seen[name]["shares"] = shared[0] >= 4
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import selective_pref_adapters
-from selective_pref_adapters.cli import main
+from selective_pref_adapters.cli import _flags_of_file, main
 
 RECIPES = Path(selective_pref_adapters.__file__).parent / "recipes" / "train"
 
@@ -82,6 +82,27 @@ def test_a_wrong_file_names_what_is_wrong(tmp_path: Path, capsys: pytest.Capture
     assert "not valid YAML" in capsys.readouterr().err
     assert main(["train", "--config", str(tmp_path / "absent.yaml")]) == 1
     assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_words_that_yaml_reads_as_true_or_false(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`no` and `off` mean that an option is not used; other words must be written as they are meant."""
+    from selective_pref_adapters.options import TrainConfig
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tracker: no\neval_steps: off\nresume: no\neval_pairs: no\nfused_head: off\nforce_resume: no\n")
+    flags = _flags_of_file(str(recipe), TrainConfig, "train")
+    assert flags[:8] == ["--tracker", "none", "--eval-steps", "None", "--resume", "None", "--eval-pairs", "None"]
+    assert flags[8:] == ["--no-fused-head", "--no-force-resume"]
+    for line, message in (
+        ("dtype: no", "recipe.yaml: dtype: expected one of float32, bfloat16, got false (as YAML reads yes, no,"),
+        ("learning_rate: off", "learning_rate: expected a value, got false"),
+        ("tracker: yes", "tracker: expected one of none, wandb, trackio, got true"),
+        ("max_steps: on", "max_steps: expected a value, got true"),
+        ("fused_head: 'off'", "fused_head: expected true or false, got 'off'"),
+    ):
+        recipe.write_text(f"{line}\n")
+        assert main(["train", "--config", str(recipe)]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_an_error_in_the_input_is_one_line_and_status_1(

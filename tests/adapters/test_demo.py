@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import PreferenceRow, collate, tokenize_pairs
 from selective_pref_adapters.replication import demo, language
+from selective_pref_adapters.replication.pictures import show_selection
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,20 @@ def test_the_whole_demo_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert shares["rejected"] == pytest.approx(shares["rejected_base"], abs=5e-3)
     shown = capsys.readouterr().out
     assert "all four digits right" in shown
+    page = shown.rstrip("\n").rpartition(" ")[2]
+    assert Path(page) == folder / "seed-0" / "selection.html"
+    assert "eval_pairs.jsonl:12" in Path(page).read_text(encoding="utf-8")
     for key in keys:
         model = AutoModelForCausalLM.from_pretrained(folder / "seed-0" / key)
         ids = AutoTokenizer.from_pretrained(folder / "seed-0" / key)("owl fox elk hen :", return_tensors="pt")
         assert torch.isfinite(model(**ids).logits).all()
+
+
+def test_without_a_template_engine_the_demo_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for name in ("inspect_command", "page"):
+        monkeypatch.delitem(sys.modules, f"selective_pref_adapters.seeing.{name}", raising=False)
+    said = show_selection(tmp_path, policy="student", reference="teacher", selection_ratio=0.4, beta=0.01)
+    assert said.startswith("no page of the selection was written: ")
+    assert "jinja2" in said
+    assert not list(tmp_path.iterdir())

@@ -355,6 +355,7 @@ def test_mixed_precision_of_accelerate_goes_around_the_fused_head_and_comes_off_
 
     model, plain = make("llama"), make("llama")
     assert install_fused_head(model, at_first_call=at_first_call)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer in this process may have set another precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     wrapped, other = accelerator.prepare(model, plain)
     assert inspect.signature(wrapped.forward) == inspect.signature(other.forward)
@@ -630,3 +631,12 @@ def test_fsdp2(batch: dict[str, torch.Tensor], process_group: None, own_unit: bo
     logps, gradients = logps_and_gradients(model, batch)
     whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
     assert_same((logps, whole), dense)
+
+
+def test_a_body_that_casts_before_its_head_is_served_by_its_logits(batch: dict[str, torch.Tensor]) -> None:
+    """Mamba in bfloat16: its residual stream is float32, and is cast for the head."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "pad_token_id": 0}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes), dtype=torch.bfloat16).eval()
+    expected = model_per_token_logps(model, batch)
+    assert not install_fused_head(model)
+    assert torch.equal(model_per_token_logps(model, batch), expected)

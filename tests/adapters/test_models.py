@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from selective_pref_adapters.models import (
+from selective_pref_adapters.model_checks import (
     auxiliary_loss_coefficient,
     check_no_auxiliary_loss,
+    check_padding,
     check_savable,
     check_trainable,
-    load_model,
-    load_tokenizer,
+    trained_outside_adapters,
 )
+from selective_pref_adapters.models import has_dropout, load_model, load_tokenizer, switch_off_dropout
 from tiny import make_mixture, make_model
 
 
@@ -75,3 +77,43 @@ def test_experts_come_back_as_they_were_saved(tmp_path: Path) -> None:
     expected = dict(model.named_parameters())
     assert any("experts" in name for name in expected)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in again.named_parameters())
+
+
+def test_dropout_of_a_model_and_its_adapter_is_switched_off(tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", seed=1, attention_dropout=0.5))
+    ids = torch.arange(8).unsqueeze(0)
+    for _ in ("bare", "with an adapter"):
+        model.train()
+        assert has_dropout(model)
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        switch_off_dropout(model)
+        assert not has_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+        model = get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("name", ["default", "model", "layers"])
+def test_what_an_adapter_trains_besides_itself_whatever_it_is_called(name: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", seed=1, attention_bias=True)
+
+    def outside(config: Any) -> list[str]:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        return trained_outside_adapters(get_peft_model(model, config, adapter_name=name))
+
+    lora: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    assert len(outside(LoraConfig(bias="all", **lora))) == 4  # q, k, v, o
+    assert outside(LoraConfig(modules_to_save=["lm_head"], **lora)) == []
+    assert outside(LoraConfig(trainable_token_indices=[3], **lora)) == []
+    assert outside(PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")) == []
+
+
+def test_a_padding_token_that_a_model_does_not_have_is_refused(policy_folder: Path) -> None:
+    model: Any = load_model(str(policy_folder), dtype="float32")
+    tokenizer = load_tokenizer(str(policy_folder))
+    check_padding(tokenizer, {"policy": model})
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"padding token has the id 30, outside the policy's vocabulary of 30: use"):
+        check_padding(tokenizer, {"policy": model})
+    model.resize_token_embeddings(len(tokenizer))
+    check_padding(tokenizer, {"policy": model})

@@ -71,31 +71,33 @@ def evaluations(*numbers: tuple[float, float]) -> list[dict[str, float | None]]:
 
 
 def test_the_end_of_a_run_says_whether_full_margin_and_accuracy_rose_or_fell() -> None:
-    rose = verdict([{"loss": 1.0}, *evaluations((-0.1, 0.25), (0.5, 0.75))])
+    rose = verdict([{"loss": 1.0}, *evaluations((-0.1, 0.25), (0.5, 0.75))]).sentences
     assert rose == [
         "The full margin (eval_rewards/margins) rose from -0.1 to 0.5, the full accuracy (eval_rewards/accuracies) "
         "rose from 0.25 to 0.75."
     ]
-    fell = verdict(evaluations((0.5, 0.75), (-0.1, 0.25)))
+    fell = verdict(evaluations((0.5, 0.75), (-0.1, 0.25))).sentences
     assert "fell from 0.5 to -0.1" in fell[0]
     assert fell[1].startswith("Warning: the full-sequence margin (eval_rewards/margins) is falling")
-    mixed = verdict(evaluations((0.5, 0.5), (0.25, 0.5)))  # a little lower at one of two evaluations may be noise
+    mixed = verdict(
+        evaluations((0.5, 0.5), (0.25, 0.5))
+    ).sentences  # a little lower at one of two evaluations may be noise
     assert len(mixed) == 1
     assert "accuracy (eval_rewards/accuracies) stayed at 0.5" in mixed[0]
 
 
 def test_the_end_of_a_run_knows_the_signs_of_the_callback() -> None:
-    low = verdict(evaluations(*[(step / 10, 0.4) for step in range(6)]))
+    low = verdict(evaluations(*[(step / 10, 0.4) for step in range(6)])).sentences
     assert "rose from 0 to 0.5" in low[0]
     assert "has been below one half for long" in low[1]
     training: list[dict[str, float | None]] = [
         {"rewards/margins": -step / 10, "rewards/accuracies": 0.6} for step in range(20)
     ]
-    falling = verdict(training)
+    falling = verdict(training).sentences
     assert "(rewards/margins) fell from 0 to -1.9" in falling[0]
     assert "(rewards/margins) is falling" in falling[1]
-    assert verdict([]) == verdict(evaluations((0.5, 0.75))) == []
-    assert verdict([{"eval_rewards/margins": None, "eval_rewards/accuracies": None}] * 2) == []
+    assert verdict([]).sentences == verdict(evaluations((0.5, 0.75))).sentences == []
+    assert verdict([{"eval_rewards/margins": None, "eval_rewards/accuracies": None}] * 2).sentences == []
 
 
 def test_same_weights() -> None:
@@ -121,3 +123,23 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+
+
+def test_the_signs_of_single_lines_count_where_tokens_are_selected() -> None:
+    tied: list[dict[str, float | None]] = [{"step": 1, "selection/tied_fraction": 0.6}]
+    assert list(verdict(tied, selection_ratio=0.4).warnings) == ["ties"]
+    assert verdict(tied).warnings == {}
+    assert verdict([{**tied[0], "selection/ratio": 1.0}], selection_ratio=0.4).warnings == {}
+    equal: list[dict[str, float | None]] = [{"step": 0, "eval_rewards/chosen": 0.0, "eval_rewards/rejected": 0.0}]
+    assert list(verdict(equal, selection_ratio=0.4).warnings) == ["self_reference"]
+    assert list(verdict([{"step": 3, "eval_selection/skipped_pairs": 0.1}]).warnings) == ["non_finite"]
+
+
+def test_margins_are_compared_at_the_last_beta() -> None:
+    lines: list[dict[str, float | None]] = [
+        {"rewards/margins": 1 / step, "rewards/accuracies": 0.6, "selection/beta": 1 / step**2} for step in (1, 2, 4)
+    ]
+    said = verdict(lines)
+    assert said.rose
+    assert "rose from 0.0625 to 0.25" in said.moved
+    assert said.warnings == {}

@@ -150,9 +150,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_rows(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="holds no rows"):
         read_rows(write_jsonl(tmp_path / "empty.jsonl", []))
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"expected \.jsonl"):
-        read_rows(tmp_path / "a.csv")
+        read_rows(tmp_path / "a.txt")
     (tmp_path / "a.parquet").write_text("this is no Parquet")
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         read_rows(tmp_path / "a.parquet")

@@ -23,6 +23,7 @@ from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches, make_order, share_of
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.seeing.runs import read_run
 from tiny import make_model, text_rows, write_jsonl
 
 Step = list[list[TokenizedPair]]
@@ -78,6 +79,7 @@ def two(files: dict[str, Path]) -> dict[str, Any]:
     configs = {
         **{f"stage {stage}": configured(files, f"stage {stage}", zero_stage=stage) for stage in (0, 1, 2)},
         "stage 3": configured(files, "stage 3", **sharded),
+        "padded rows": configured(files, "padded rows", share_prefix="off", **sharded),
         "empty rank": configured(files, "empty rank", **sharded),
         "not finite": configured(
             files,
@@ -122,6 +124,11 @@ def test_two_processes_compute_what_one_does(files: dict[str, Path], two: dict[s
     """At every stage, with rows of unequal length; held-out pairs that do not divide evenly included."""
     expected = plain_torch_run(files["policy"], files["reference"], steps_of(files))
     alone = train(configured(files, "alone"))
+    drawn = [read_run(files["folder"] / name).visits for name in ("stage-3", "alone")]
+    assert [visit.step for visit in drawn[0]] == [0, 4]
+    for visits in zip(*drawn, strict=True):  # sharded weights are gathered by both processes, to be drawn by the first
+        for pairs in zip(*(visit.pairs for visit in visits), strict=True):
+            assert pairs[0]["chosen"]["scores"] == pytest.approx(pairs[1]["chosen"]["scores"], abs=1e-4)
     for stage in range(4):
         name = f"stage {stage}"
         check(files, name, two[name], expected)
@@ -133,6 +140,12 @@ def test_two_processes_compute_what_one_does(files: dict[str, Path], two: dict[s
             [line["grad_norm"] for line in alone.metrics if "loss" in line], rel=1e-4
         )
     assert not (files["folder"] / "stage-3" / ".saving").exists()
+
+
+@pytest.mark.slow
+def test_sharded_weights_and_shared_prompts(two: dict[str, Any]) -> None:
+    assert [two[name]["shares"] for name in ("stage 0", "stage 2", "stage 3", "padded rows")] == [True] * 3 + [False]
+    assert losses(two["stage 3"]) == pytest.approx(losses(two["padded rows"]), rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.slow

@@ -32,13 +32,13 @@ from selective_pref_adapters.reference_store import (
     Space,
     StoreError,
     StoreWriteError,
+    index,
     prune,
     row_key,
     rows_of_pairs,
     shards,
     spaces,
 )
-from selective_pref_adapters.reference_store import store as store_module
 from tiny import make_tokenizer
 
 VOCABULARY = {"<pad>": 0, "a": 1, "b": 2, "é": 3}
@@ -220,12 +220,12 @@ def test_an_open_store_finds_what_others_write_and_travels_to_workers(store: Ref
 
 
 def test_more_shards_than_open_files(store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_OPEN_FILES", 3)
+    monkeypatch.setattr(index, "_OPEN_FILES", 3)
     pairs = make_pairs(10)
     write(store, pairs, shard_bytes=1)
     assert len(shard_files(store)) == len(keys(pairs))
     assert stored(store, pairs) == keys(pairs)
-    assert len(store._files) == 3
+    assert len(store.index._files) == 3
 
 
 def test_a_writer_writes_when_rows_have_waited(store: ReferenceStore) -> None:
@@ -305,7 +305,7 @@ def test_spaces_without_rows_are_passed_over_and_removed(tmp_path: Path) -> None
     good, old, young = (ReferenceStore.create(tmp_path, make_space(weights=name)) for name in ("1", "2", "3"))
     write(good, make_pairs(1))
     for empty in (old, young):
-        empty.write_identity()
+        spaces.write_identity(empty.folder, empty.space)
         (empty.folder / ".half.tmp").write_bytes(b"half")
     os.utime(old.folder / ".half.tmp", (0, 0))
     spaces.note_filling(old.folder, 64, "keep_end")
@@ -381,7 +381,7 @@ def two_shards(store: ReferenceStore) -> tuple[list[TokenizedPair], list[Tokeniz
 
 
 def rebuilt(store: ReferenceStore, pairs: list[TokenizedPair]) -> int:
-    """Writes what the store lacks, as scoring again does; returns how many rows that were."""
+    """Writes what the store lacks, as filling it again does; returns how many rows that were."""
     again = ReferenceStore.create(store.folder.parent, store.space)
     lacking = again.missing_rows(rows_of_pairs(pairs))
     with again.writer() as writer:
@@ -716,10 +716,10 @@ def test_prune_keeps_every_intact_row_once(store: ReferenceStore) -> None:
     (store.folder / ".young.tmp").write_bytes(b"half")
     kept, lost, path = two_shards(store)
     path.write_bytes(path.read_bytes()[:-1])
-    done = prune(ReferenceStore.open(store.folder))
-    assert (done.rows, done.removed_rows) == (len(keys(pairs + kept)), 0)
-    assert done.shards_before > done.shards == len(shard_files(store)) == 1
-    assert done.bytes < done.bytes_before
+    earlier, now = prune(ReferenceStore.open(store.folder))
+    assert earlier.rows == now.rows == len(keys(pairs + kept))
+    assert earlier.shards > now.shards == len(shard_files(store)) == 1
+    assert now.bytes < earlier.bytes
     assert {p.name for p in store.folder.glob(".*.tmp")} == {".young.tmp"}
     reader = ReferenceStore.open(store.folder)
     assert (stored(reader, pairs + kept + lost), reader.damaged) == (keys(pairs + kept), {})
@@ -728,8 +728,7 @@ def test_prune_keeps_every_intact_row_once(store: ReferenceStore) -> None:
     assert shard_files(store) == before
 
     only = prune(reader, rows_of_pairs(pairs[:3]))
-    assert only.rows == len(keys(pairs[:3]))
-    assert only.removed_rows == len(keys(pairs + kept)) - only.rows
+    assert (only.before.rows, only.after.rows) == (len(keys(pairs + kept)), len(keys(pairs[:3])))
     assert stored(ReferenceStore.open(store.folder), pairs) == keys(pairs[:3])
 
 

@@ -275,6 +275,32 @@ def test_a_checkpoint_that_would_run_code_is_not_loaded(configure: Configure, tm
     assert not (tmp_path / "trace").exists()
 
 
+def test_what_is_damaged_is_named(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unreadable newest checkpoint is passed over with a note; where none can be read, nothing begins anew."""
+    config = configure("damaged", eval_fraction=0)
+    folder = Path(config.output_dir)
+    stop_at(4)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    older, newest = checkpoints.complete(folder / "checkpoints")
+    (newest / "process-00000.pt").write_bytes(b"")
+    stop_at(2)
+    train(config)
+    loop.step_engine = step_engine_of_the_loop
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{newest.name} in {newest.parent} cannot be read: files are missing or cut off. The run goes on from" in said
+    )
+    for path in checkpoints.complete(folder / "checkpoints"):
+        (path / checkpoints.MARKER).unlink()
+    with pytest.raises(ValueError, match=rf"{older.name}.* cannot be read.*begin anew in another output_dir"):
+        train(config)
+    assert (folder / "run.json").exists()
+    (folder / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        train(config)
+
+
 def test_a_stop_after_a_batch_that_was_left_out_does_not_count_it_twice(configure: Configure, tmp_path: Path) -> None:
     """Every pair is broken, so each step leaves its two batches out; SIGTERM comes between the two of step 2."""
     broken = make_model(tmp_path / "broken", seed=2)

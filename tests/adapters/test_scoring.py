@@ -34,11 +34,12 @@ from selective_pref_adapters.reference_store import (
     compare_rows,
     fill_store,
     identity,
+    local,
     reference_space,
     rows_of_pairs,
 )
-from selective_pref_adapters.reference_store import fill as fill_module
-from selective_pref_adapters.reference_store.fill import local_scores
+from selective_pref_adapters.reference_store.local import local_logps
+from selective_pref_adapters.reference_store.spaces import write_identity
 from tiny import WORDS, make_model, make_tokenizer, text_rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,14 +82,15 @@ def distinct_numbers(store: ReferenceStore, pairs: list[TokenizedPair]) -> list[
 # --- once, and the same ----------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_reads_what_was_scored_once_and_equals_the_reference_online_bit_by_bit(
+def test_a_sweep_reads_what_was_computed_once_and_equals_the_reference_online_bit_by_bit(
     tmp_path: Path, policy_folder: Path, tokenizer: Any, pairs: list[TokenizedPair], teacher: nn.Module
 ) -> None:
     """20 settings of β and ratio, two epochs each, other orders and batch sizes; then once more after "resuming"."""
     store = ReferenceStore.create(tmp_path, reference_space(teacher, tokenizer))
     report = fill_store(store, pairs, teacher, pad_token_id=0, progress=False)
-    assert (report.rows, report.hits, report.scored) == (unique_rows(pairs), 0, unique_rows(pairs))
-    assert report.forward_passes == report.scored
+    assert (report.rows, report.hits, report.computed) == (unique_rows(pairs), 0, unique_rows(pairs))
+    prompts = {tuple(pair.chosen_ids[: pair.chosen_prompt_length]) for pair in pairs}
+    assert report.forward_passes == len(prompts) < report.computed / 2
     assert report.tokens == sum(len(row.ids) for row in {row.key: row for row in rows_of_pairs(pairs)}.values())
 
     online, calls = copy.deepcopy(teacher).eval(), count_forwards(teacher)
@@ -123,10 +125,10 @@ def test_a_sweep_reads_what_was_scored_once_and_equals_the_reference_online_bit_
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert calls == []
     again = fill_store(ReferenceStore.open(tmp_path), pairs[::-1], teacher, pad_token_id=1, progress=False)
-    assert (again.hits, again.scored, again.forward_passes, again.tokens) == (unique_rows(pairs), 0, 0, 0)
+    assert (again.hits, again.computed, again.forward_passes, again.tokens) == (unique_rows(pairs), 0, 0, 0)
     assert calls == []
     more = fill_store(ReferenceStore.open(tmp_path), [*pairs, made_up_pair()], teacher, pad_token_id=0, progress=False)
-    assert (more.hits, more.scored, more.forward_passes) == (unique_rows(pairs), 2, 2)
+    assert (more.hits, more.computed, more.forward_passes) == (unique_rows(pairs), 2, 1)
     assert calls == [1, 1]
 
 
@@ -148,14 +150,14 @@ def test_batches_by_length_give_the_same_numbers(
 ) -> None:
     """As on a GPU: rows of like length side by side, no batch beyond its budget, every row once."""
     rows = list({row.key: row for row in rows_of_pairs(pairs)}.values())
-    alone = {row.key: values for group in local_scores(rows, teacher, pad_token_id=0) for row, values in group}
-    groups = list(fill_module._groups(sorted(rows, key=lambda row: -len(row.ids)), 48))
+    alone = {row.key: values for group in local_logps(rows, teacher, pad_token_id=0) for row, values in group}
+    groups = list(local._groups(sorted(rows, key=lambda row: -len(row.ids)), 48))
     assert [row for group in groups for row in group] == sorted(rows, key=lambda row: -len(row.ids))
     assert max(len(group) * max(len(row.ids) for row in group) for group in groups) <= 48
     assert len(groups) < len(rows) / 2
-    assert [len(group) for group in fill_module._groups(rows[:3], 1)] == [1, 1, 1]
+    assert [len(group) for group in local._groups(rows[:3], 1)] == [1, 1, 1]
     for group in groups:
-        batch = fill_module._collate(group, 0, torch.device("cpu"))
+        batch = local._collate(group, 0, torch.device("cpu"))
         with torch.no_grad():
             together = model_per_token_logps(teacher, batch)
         for row, line in zip(group, together, strict=True):
@@ -179,7 +181,7 @@ def test_the_callers_random_states_modes_and_autocast_do_not_matter_and_do_not_c
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fill_store(store, pairs, model, pad_token_id=0, progress=False).hits == 0
     assert states() == before
-    assert fill_store(store, pairs, model, pad_token_id=0, progress=False).scored == 0
+    assert fill_store(store, pairs, model, pad_token_id=0, progress=False).computed == 0
     assert states() == before
     assert [module.training for module in model.modules()] == modes
     plain = ReferenceStore.create(tmp_path / "b", store.space)
@@ -223,7 +225,7 @@ def test_a_teacher_with_a_padded_vocabulary_and_more_tokens_works(
     big = AutoModelForCausalLM.from_pretrained(folder)
     store = ReferenceStore.create(tmp_path / "store", reference_space(big, AutoTokenizer.from_pretrained(folder)))
     store.check_tokenizer(tokenizer)
-    assert fill_store(store, pairs, big, pad_token_id=0, progress=False).scored == unique_rows(pairs)
+    assert fill_store(store, pairs, big, pad_token_id=0, progress=False).computed == unique_rows(pairs)
     batch = collate(pairs, 0)
     torch.testing.assert_close(store.lookup(batch), frozen_per_token_logps(big.eval(), batch), rtol=1e-5, atol=1e-5)
 
@@ -266,7 +268,7 @@ def test_what_changes_the_numbers_changes_the_space_and_nothing_else_does(
         "attention": name(loaded(attn_implementation="eager")),
         "vocabulary": name(loaded(), make_tokenizer(["user", "assistant", *WORDS[1:], WORDS[0]])),
     }
-    monkeypatch.setattr(identity, "SCORING_VERSION", 2)
+    monkeypatch.setattr(identity, "LOGPS_VERSION", 2)
     others["scoring version"] = name(loaded())
     assert len({base, *others.values()}) == 1 + len(others), others
 
@@ -294,7 +296,7 @@ def test_a_pad_token_that_a_tokenizer_was_given_is_no_other_reference(
     with under_lora.disable_adapter():
         for model, its in ((given, tokenizer), (loaded(tmp_path / "saved"), padding), (under_lora, padding)):
             store = ReferenceStore.create(tmp_path / "store", reference_space(model, its))
-            assert fill_store(store, pairs, model, pad_token_id=3, progress=False).scored == 0
+            assert fill_store(store, pairs, model, pad_token_id=3, progress=False).computed == 0
             store.check_tokenizer(its)
     padding.eos_token = "[PAD]"  # stands in rows
     assert reference_space(base, padding).name != space.name
@@ -413,7 +415,7 @@ def test_a_store_of_another_model_is_refused_and_untouched(
     assert store.stat().rows == 0
 
 
-def test_nan_from_the_model_names_the_row_and_keeps_what_was_scored(
+def test_nan_from_the_model_names_the_row_and_keeps_what_was_computed(
     tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], teacher: nn.Module
 ) -> None:
     word = tokenizer.convert_tokens_to_ids("w23")
@@ -435,7 +437,7 @@ def test_nan_from_the_model_names_the_row_and_keeps_what_was_scored(
     assert bool(torch.isfinite(reader.lookup(collate(finite, 0))).all())
 
 
-def test_rows_that_the_model_cannot_read_are_refused_before_any_is_scored(
+def test_rows_that_the_model_cannot_read_are_refused_before_any_is_computed(
     tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], teacher: nn.Module
 ) -> None:
     store = ReferenceStore.create(tmp_path, reference_space(teacher, tokenizer))
@@ -457,21 +459,21 @@ def test_rows_that_the_model_cannot_read_are_refused_before_any_is_scored(
 def test_compare_finds_rows_that_this_reference_did_not_give(
     tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], teacher: nn.Module
 ) -> None:
-    def scorer(rows: Any) -> Any:
-        return local_scores(rows, teacher, pad_token_id=0)
+    def source(rows: Any) -> Any:
+        return local_logps(rows, teacher, pad_token_id=0)
 
     store = ReferenceStore.create(tmp_path, reference_space(teacher, tokenizer))
     rows = rows_of_pairs(pairs)
     with pytest.raises(StoreError, match="nothing to compare"):
-        compare_rows(store, rows, scorer, sample=3, seed=0)
+        compare_rows(store, rows, source, sample=3, seed=0)
     fill_store(store, pairs, teacher, pad_token_id=0, progress=False)
-    seen = compare_rows(store, rows, scorer, sample=10, seed=0)
+    seen = compare_rows(store, rows, source, sample=10, seed=0)
     assert (seen.rows, seen.identical, seen.max_difference) == (10, 10, 0.0)
     extra = rows_of_pairs([made_up_pair()])
     with store.writer() as writer:
         for row in extra:
             writer.add(row, np.full(row.values, -1.5, dtype=np.float32))
-    seen = compare_rows(store, [*rows, *extra], scorer, sample=1000, seed=0)
+    seen = compare_rows(store, [*rows, *extra], source, sample=1000, seed=0)
     assert seen.rows == unique_rows(pairs) + 2 == seen.identical + 2
     assert seen.worst.startswith("made up")
     assert seen.max_difference > 0.1 > seen.mean_difference
@@ -484,18 +486,18 @@ def command(model: Path, pairs: Path, store: Path, *more: str) -> list[str]:
     return ["score", "--ref-model", str(model), "--pairs", str(pairs), "--store", str(store), *more]
 
 
-def test_the_command_scores_once_verifies_counts_and_tidies_up(
+def test_the_command_computes_once_verifies_counts_and_tidies_up(
     tmp_path: Path, reference_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
     assert main(command(reference_folder, pairs_file, store)) == 0
     shown = capsys.readouterr()
-    assert "40 pairs, 80 different rows: 0 were stored, 80 scored" in shown.out
-    assert "scoring: 100%" in shown.err
+    assert "40 pairs, 80 different rows: 0 were stored, 80 computed" in shown.out
+    assert "log-probs: 100%" in shown.err
     assert main(command(reference_folder, pairs_file, store)) == 0
-    assert "80 were stored, 0 scored" in capsys.readouterr().out
+    assert "80 were stored, 0 computed" in capsys.readouterr().out
     assert main(command(reference_folder, pairs_file, store, "--verify", "--verify-rows", "9")) == 0
-    assert "9 stored rows scored again: 9 equal bit by bit" in capsys.readouterr().out
+    assert "9 stored rows computed again: 9 equal bit by bit" in capsys.readouterr().out
     assert main(["score", "--store", str(store), "--stat"]) == 0
     assert "80" in capsys.readouterr().out
 
@@ -544,7 +546,7 @@ def test_the_command_removes_references_without_rows(
     assert main(command(reference_folder, pairs_file, store)) == 0
     bare = AutoModelForCausalLM.from_pretrained(reference_folder, dtype=torch.bfloat16)
     empty = ReferenceStore.create(store, reference_space(bare, tokenizer, label="interrupted"))
-    empty.write_identity()  # as earlier versions did before the first row
+    write_identity(empty.folder, empty.space)  # as earlier versions did before the first row
     opened = ReferenceStore.open(store)
     assert main(["score", "--store", str(store), "--stat"]) == 0
     assert f"1 without rows, left out: {empty.folder.name[:8]}. --prune removes them" in capsys.readouterr().out
@@ -627,14 +629,14 @@ def test_killed_half_way_it_goes_on_where_it_was(
     assert left.damaged == {}
     assert 0 < left.rows < 3000
     assert main(arguments) == 0
-    assert f"3000 different rows: {left.rows} were stored, {3000 - left.rows} scored" in capsys.readouterr().out
+    assert f"3000 different rows: {left.rows} were stored, {3000 - left.rows} computed" in capsys.readouterr().out
     assert main([*arguments, "--verify"]) == 0
     assert "64 equal bit by bit" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path: Path, reference_folder: Path, pairs_file: Path) -> None:
-    """Each scores its half with its own copy into its own shards; together they give what one process gives."""
+    """Each computes its half with its own copy into its own shards; together they give what one process gives."""
     report = tmp_path / "report.json"
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
@@ -655,10 +657,10 @@ def test_two_processes_share_the_work(tmp_path: Path, reference_folder: Path, pa
         timeout=100,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("40 pairs, 80 different rows: 0 were stored, 80 scored") == 1
+    assert done.stdout.count("40 pairs, 80 different rows: 0 were stored, 80 computed") == 1
     seen = json.loads(report.read_text())
-    assert seen["second"] == {"hits": 80, "scored": 0, "forward_passes": 0}
-    assert "scoring failed on 1 other processes" in seen["failure seen by the other"]
+    assert seen["second"] == {"hits": 80, "computed": 0, "forward_passes": 0}
+    assert "computing log-probs failed on 1 other processes" in seen["failure seen by the other"]
 
     store = ReferenceStore.open(tmp_path / "store")
     assert store.stat().shards == 2
@@ -680,9 +682,9 @@ from selective_pref_adapters.pairs import TokenizedPair
 model, pairs, folder, report = sys.argv[1:]
 rank = int(os.environ["RANK"])
 config = ScoreConfig(ref_model=model, pairs=pairs, store=folder)
-assert score(config).forward_passes == 80
+assert score(config).forward_passes <= 80
 second = score(config)
-seen = {"second": {name: getattr(second, name) for name in ("hits", "scored", "forward_passes")}}
+seen = {"second": {name: getattr(second, name) for name in ("hits", "computed", "forward_passes")}}
 
 def fails_on_rank_0(rows):
     if rank == 0:
@@ -712,3 +714,27 @@ def test_nan_in_a_saved_model_is_one_line(tmp_path: Path, pairs_file: Path, caps
     assert "the reference gives nan to token" in error
     assert "pairs.jsonl:" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("length", [None, 24])
+def test_the_default_length_is_that_of_training(
+    tmp_path: Path, pairs_file: Path, reference_folder: Path, length: int | None
+) -> None:
+    """A policy with a short context: `score --tokenizer POLICY` cuts rows as `train` and `dpo` do by default."""
+    from dataclasses import replace
+
+    from selective_pref_adapters.options import ScoreConfig
+    from selective_pref_adapters.pairs import read_rows
+    from selective_pref_adapters.reference_store.command import score
+
+    policy = make_model(tmp_path / "short", seed=4, max_position_embeddings=12)
+    config = ScoreConfig(
+        ref_model=str(reference_folder), tokenizer=str(policy), pairs=str(pairs_file), store=str(tmp_path / "store")
+    )
+    if length is not None:
+        with pytest.raises(ValueError, match="max_length 24 is longer than the policy can read \\(12 tokens\\)"):
+            score(replace(config, max_length=length))
+        return
+    score(config)
+    pairs, _ = tokenize_pairs(read_rows(pairs_file), AutoTokenizer.from_pretrained(policy), max_length=12)
+    ReferenceStore.open(tmp_path / "store").check(pairs)

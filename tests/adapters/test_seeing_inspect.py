@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_pref import selective_dpo_loss
+from selective_pref import Response, select, selective_dpo_loss
 from selective_pref_adapters.batch import responses
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps
@@ -77,6 +77,46 @@ def test_json_holds_what_the_loss_read(options: dict[str, Any], tmp_path: Path, 
             )
 
 
+@pytest.mark.parametrize(
+    ("flags", "rule", "said"),
+    [
+        (
+            ["--selection-ratio", "0.4,0.1"],
+            {"selection_ratio": (0.4, 0.1)},
+            "Share 0.4 of chosen and 0.1 of rejected, β 0.01.",
+        ),
+        (
+            ["--selection-ratio", "1", "--min-score", "0.02"],
+            {"selection_ratio": 1, "min_score": 0.02},
+            "Share 1, scores above 0.02 nats, β 0.01.",
+        ),
+    ],
+    ids=["a share for each side", "a threshold"],
+)
+def test_rules_beyond_one_share_are_the_cores(
+    options: dict[str, Any], tmp_path: Path, flags: list[str], rule: dict[str, Any], said: str
+) -> None:
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    for suffix in (".json", ".html"):
+        assert main(["inspect", *words, "--rows", "1-4", "--out", str(tmp_path / f"pairs{suffix}"), *flags]) == 0
+    assert said in (tmp_path / "pairs.html").read_text(encoding="utf-8")
+    kept = 0
+    for pair in json.loads((tmp_path / "pairs.json").read_text())["pairs"]:
+        sides = [pair["chosen"], pair["rejected"]]
+        widest = max(len(side["scores"]) for side in sides)
+        columns = [np.pad(np.array(side["scores"]), (0, widest - len(side["scores"]))) for side in sides]
+        masks = [np.arange(widest) < len(side["scores"]) for side in sides]
+        responses = [
+            Response(per_token_logps=np.zeros((1, widest)), mask=mask[None], ref_per_token_logps=np.zeros((1, widest)))
+            for mask in masks
+        ]
+        scores = (columns[0][None], columns[1][None])
+        for side, selected, mask in zip(sides, select(*responses, scores=scores, **rule), masks, strict=True):
+            assert side["weights"] == pytest.approx(selected.token_weights[0][mask].tolist())
+            kept += sum(side["weights"])
+    assert kept > 0
+
+
 def test_every_kind_of_file_and_the_terminal(options: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     for suffix, start in ((".html", "<!doctype html>"), (".svg", "<svg "), (".txt", "pairs.jsonl:1  margin")):
         path = tmp_path / f"pairs{suffix}"
@@ -95,7 +135,12 @@ def test_a_store_serves_as_well_as_the_model_it_holds(options: dict[str, Any], t
     fill_store(store, pairs, reference, pad_token_id=tokenizer.pad_token_id, progress=False)
     running = inspect(InspectConfig(**options, rows="1-5"))
     stored = inspect(InspectConfig(**{**options, "ref_model": None}, store=str(tmp_path / "store"), rows="1-5"))
-    assert running == stored
+    for ours, theirs in zip(running, stored, strict=True):
+        assert ours.place == theirs.place
+        for (_, one), (_, other) in zip(ours.sides, theirs.sides, strict=True):
+            assert one.texts == other.texts
+            assert one.ref_logps == pytest.approx(other.ref_logps, rel=1e-5)  # scored in another batch
+            assert one.weights == other.weights
     with pytest.raises(MissingRowsError, match=r"1 of 2 pairs are not in the store .*pairs\.jsonl:6"):
         inspect(InspectConfig(**{**options, "ref_model": None}, store=str(tmp_path / "store"), rows="5-6"))
 
@@ -129,6 +174,10 @@ def test_a_conversation_needs_a_chat_template(options: dict[str, Any], tmp_path:
         ({"figures": "f"}, "--figures is for statistics"),
         ({"other_ref_models": ("x",)}, "--other-ref-models is for statistics"),
         ({"selection_ratio": 40}, "40 % is 0.4"),
+        ({"selection_ratio": "0.4,0"}, "the share of tokens that is kept; got 0.0"),
+        ({"selection_ratio": "0.4,0.1,0.2"}, r"as 0\.4,0\.1; got '0\.4,0\.1,0\.2'"),
+        ({"selection_ratio": "some"}, "--selection-ratio must be one share"),
+        ({"min_score": math.inf}, "min_score must be a finite number"),
         ({"beta": 0}, "beta must be a finite number above 0"),
         ({"max_length": 65}, "longer than the policy can read"),
         ({"model": "absent"}, "no such folder"),

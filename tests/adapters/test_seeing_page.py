@@ -244,6 +244,7 @@ addEventListener("load", () => setTimeout(() => {
   };
   const read = () => [...document.querySelectorAll("[role=listbox]")].map((box) =>
     [...box.querySelectorAll(".token")].map((token) => [Number(token.dataset.w), token.className]));
+  dispatchEvent(new Event("beforeprint")); // draws every pair, also those that are not in sight yet
   const found = { first: read(), resources: performance.getEntriesByType("resource").length };
   for (const rule of %s) {
     pick(rule);
@@ -297,6 +298,7 @@ def test_rules_changed_in_the_page_are_the_cores(
 
 KEYS = """
 addEventListener("load", () => setTimeout(() => {
+  dispatchEvent(new Event("beforeprint")); // draws every pair, also those that are not in sight yet
   const box = document.querySelector("[role=listbox]"), found = [];
   const tokens = [...box.querySelectorAll(".token")];
   const now = () => Number(document.activeElement.dataset.i);

@@ -158,7 +158,7 @@ def test_what_differs(tmp_path: Path) -> None:
 def test_a_good_run_is_called_good(tmp_path: Path) -> None:
     lines = [line(step, step / 10, prefix=prefix) for step in range(5) for prefix in ("", "eval_")]
     run = read_run(loop_run(tmp_path / "good", lines))
-    assert "On held-out pairs the full margin rises from 0 to 0.4: good." in said(run, "good")
+    assert "The full margin (eval_rewards/margins) rose from 0 to 0.4, the full accuracy" in said(run, "good")
     assert "The loss ends at 0.9, above log 2. With a selection that is normal" in said(run, "normal")
     assert "below 0 is normal" in said(run, "normal")
     assert said(run, "warning") == ""
@@ -167,23 +167,34 @@ def test_a_good_run_is_called_good(tmp_path: Path) -> None:
 def test_warnings_follow_the_rules_of_the_callback(tmp_path: Path) -> None:
     falling = [line(step, -step / 10) for step in range(1, 21)]
     run = read_run(loop_run(tmp_path / "falling", falling))
-    assert f"step 20: {SIGNS['falling'].format(prefix='')}" in said(run, "warning")
+    assert SIGNS["falling"].format(prefix="")[1:] in said(run, "warning")
     assert not said(run, "good")
-    assert SIGNS["falling"] not in said(read_run(loop_run(tmp_path / "short", falling[:19])), "warning")
+    short = read_run(loop_run(tmp_path / "short", falling[:19]))
+    assert "is falling" not in said(short, "warning")
+    assert "fell from -0.1 to -1.9" in said(short, "normal")
     below = [line(step, step / 10, 0.4, prefix="eval_") for step in range(6)]
     run = read_run(loop_run(tmp_path / "below", below))
-    assert f"step 5: {SIGNS['below_half'].format(prefix='eval_')}" in said(run, "warning")
+    assert SIGNS["below_half"].format(prefix="eval_")[1:] in said(run, "warning")
     tied = [line(1, 0.1, **{"selection/tied_fraction": 0.6})]
-    assert SIGNS["ties"].format(prefix="") in said(read_run(loop_run(tmp_path / "tied", tied)), "warning")
+    assert SIGNS["ties"].format(prefix="")[1:] in said(read_run(loop_run(tmp_path / "tied", tied)), "warning")
     assert not said(read_run(loop_run(tmp_path / "dpo", tied, selection_ratio=1.0)), "warning")
     same = [line(0, 0.0, prefix="eval_", **{"eval_rewards/chosen": 0.0, "eval_rewards/rejected": 0.0})]
-    assert SIGNS["self_reference"] in said(read_run(loop_run(tmp_path / "same", same)), "warning")
+    assert SIGNS["self_reference"][1:] in said(read_run(loop_run(tmp_path / "same", same)), "warning")
     skipped = [line(1, 0.1, **{"selection/skipped_pairs": 0.25})]
-    assert SIGNS["non_finite"].format(prefix="") in said(read_run(loop_run(tmp_path / "nan", skipped)), "warning")
+    assert SIGNS["non_finite"].format(prefix="")[1:] in said(read_run(loop_run(tmp_path / "nan", skipped)), "warning")
     broken = [line(1, 0.1), line(2, math.nan), line(3, 0.2)]
     assert "1 logged losses or margins are not finite" in said(
         read_run(loop_run(tmp_path / "broken", broken)), "warning"
     )
+    given = {
+        "args": {"patience": 4},
+        "attributes": {"warnings": [{"step": 7, "kind": "falling", "message": "it fell"}]},
+    }
+    callbacks = {"stateful_callbacks": {"SelectionCallback": given}}
+    risen = [line(1, 0.1, prefix="eval_"), line(2, 0.2, prefix="eval_")]
+    warned = read_run(trainer_run(tmp_path / "warned", risen, **callbacks))  # while it went on, not at its end
+    assert said(warned, "warning") == "step 7: it fell"
+    assert "rose from 0.1 to 0.2" in said(warned, "good")
     bare = read_run(loop_run(tmp_path / "bare", [{"step": 1, "loss": 0.5}]))
     assert "nothing can be concluded" in said(bare, "normal")
 
@@ -263,7 +274,7 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: Any) -> None:
     figures = str(tmp_path / "figures")
     assert main(["report", *map(str, runs), "--out", str(out), "--figures", figures]) == 0
     said = capsys.readouterr().err.replace("\n", "")
-    assert "<one>: On held-out pairs the full margin rises from 0 to 0.4: good." in said
+    assert "<one>: good: The full margin (eval_rewards/margins) rose from 0 to 0.4, the full" in said
     page = out.read_text(encoding="utf-8")
     assert "<script" not in page
     assert "&lt;one&gt;" in page

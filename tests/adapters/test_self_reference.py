@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
 from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
 from selective_pref_adapters.pairs import read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
-from tiny import text_rows
+from tiny import WORDS, make_tokenizer, text_rows
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 OFFLINE: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
@@ -68,11 +68,48 @@ def test_in_the_plain_trainer(way: str, tmp_path: Path, policy_folder: Path, pai
     assert_tied(trainer.state.log_history[0])
 
 
+@pytest.mark.parametrize("way", ["model", "adapter off"])
+def test_in_the_plain_trainer_under_autocast(way: str, tmp_path: Path, policy_folder: Path, pairs_file: Path) -> None:
+    """The Trainer calls its model in autocast; a reference that is called otherwise differs by bfloat16's rounding."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype="float32")
+    policy = get_peft_model(policy, LORA) if way == "adapter off" else policy
+    copy = AutoModelForCausalLM.from_pretrained(policy_folder, dtype="float32")
+    pairs = tokenize_pairs(read_rows(pairs_file), tokenizer, max_length=64)[0]
+    options: dict[str, Any] = {"remove_unused_columns": False, "bf16": True, "eval_on_start": True, **ONE_STEP}
+    trainer = Trainer(
+        model=policy,
+        args=TrainingArguments(str(tmp_path / "run"), eval_strategy="steps", gradient_checkpointing=True, **options),
+        train_dataset=pairs[:24],
+        eval_dataset=pairs[24:],
+        data_collator=PreferenceCollator(tokenizer),
+        compute_loss_func=SelectivePreferenceLoss(ref_model=policy if way == "adapter off" else copy),
+        callbacks=[SelectionCallback()],
+    )
+    trainer.train()
+    evaluated, trained = trainer.state.log_history[:2]
+    assert_tied(evaluated, "eval_")
+    assert_tied(trained)
+
+
 @pytest.mark.parametrize("way", ["model", "adapter off", "precomputed"])
 def test_in_trl(way: str, tmp_path: Path, policy_folder: Path, make_trl: Callable[..., Any]) -> None:
     options: dict[str, Any] = {"peft_config": LORA} if way == "adapter off" else {}
     precomputed = {"precompute_ref_log_probs": True, "reference_store": str(tmp_path / "trl_store")}
     trainer = make_trl(tmp_path / "run", policy_folder, options, precomputed if way == "precomputed" else {})
+    trainer.train()
+    assert_tied(trainer.state.log_history[0])
+
+
+def test_in_trl_without_the_dropout_that_is_no_module(tmp_path: Path, make_trl: Callable[..., Any]) -> None:
+    """OPT keeps its rates as numbers, which TRL's `disable_dropout` does not reach."""
+    words = make_tokenizer(WORDS)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=len(words), num_hidden_layers=1, max_position_embeddings=64, dropout=0.5, **sizes)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    words.save_pretrained(tmp_path / "opt")
+    trainer = make_trl(tmp_path / "run", tmp_path / "opt", {}, {})
     trainer.train()
     assert_tied(trainer.state.log_history[0])
 

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from selective_pref_adapters.reference_store.served import (
     Server,
     ServerError,
     fill_from_server,
-    served_scorer,
+    served_logps,
     served_space,
 )
 from tiny import WORDS, make_tokenizer, text_rows
@@ -240,7 +241,7 @@ def test_a_served_model_gives_the_numbers_of_the_local_one(
     store = make_store(tmp_path, tokenizer)
     server = settings(served, protocol=protocol, headers={"Authorization": "Bearer secret"})
     report = fill_from_server(store, pairs, server, tokenizer, progress=False)
-    assert (report.rows, report.scored, report.hits) == (rows_in(pairs), rows_in(pairs), 0)
+    assert (report.rows, report.computed, report.hits) == (rows_in(pairs), rows_in(pairs), 0)
     assert report.forward_passes == -(-rows_in(pairs) // 4)
     named = tokens == "text" or (tokens == "pieces" and protocol == "completions")
     tries = 1 if named else {"completions": 5, "prompt_logprobs": 4}[protocol]
@@ -250,7 +251,7 @@ def test_a_served_model_gives_the_numbers_of_the_local_one(
     assert same(ReferenceStore.open(tmp_path / "store"), pairs, expected)
     asked = len(served.bodies)
     again = fill_from_server(store, pairs, server, tokenizer, progress=False)
-    assert (again.scored, again.hits, len(served.bodies)) == (0, rows_in(pairs), asked)
+    assert (again.computed, again.hits, len(served.bodies)) == (0, rows_in(pairs), asked)
 
 
 def test_no_more_requests_at_once_than_allowed(
@@ -318,7 +319,7 @@ def test_faults_that_pass_are_asked_again_in_halves(
     store = make_store(tmp_path, tokenizer)
     server = settings(served, timeout=0.3 if name == "slow" else 20.0, concurrency=2)
     report = fill_from_server(store, pairs, server, tokenizer, progress=False)
-    assert report.scored == rows_in(pairs)
+    assert report.computed == rows_in(pairs)
     assert same(store, pairs, expected)
     assert {len(body["prompt"]) for body in served.bodies} >= {4, 2}
     assert len(served.bodies) > report.forward_passes
@@ -354,7 +355,7 @@ def other_ids(choice: dict[str, Any]) -> None:
 
 
 def other_text(choice: dict[str, Any]) -> None:
-    """A server that names tokens by their text has scored another one."""
+    """A server that names tokens by their text has read another one."""
     tokens = choice["logprobs"]["tokens"]
     tokens[1] = "user" if tokens[1] == "assistant" else "assistant"
 
@@ -390,13 +391,13 @@ LASTING: dict[str, tuple[Protocol, type[Exception], Fault, str]] = {
         "completions",
         ServerError,
         echoed(other_ids),
-        r"token 1 was sent as id \d+ .* the server scores 'token_id:",
+        r"token 1 was sent as id \d+ .* the server read 'token_id:",
     ),
     "wrong text": (
         "completions",
         ServerError,
         echoed(other_text),
-        r"token 1 was sent as id \d+ .* scores '(user|assis)",
+        r"token 1 was sent as id \d+ .* read '(user|assis)",
     ),
     "a token more": ("completions", ServerError, echoed(begun_twice), r"\d+ tokens were sent, \d+ log-probs came back"),
     "shifted": ("completions", ServerError, echoed(shifted), r"for the first \(nothing precedes it"),
@@ -405,7 +406,7 @@ LASTING: dict[str, tuple[Protocol, type[Exception], Fault, str]] = {
         "completions",
         ServerError,
         echoed(lambda c: c.update(prompt_token_ids=[1, 2, 3])),
-        r"scores the ids \[1, 2, 3\], not",
+        r"read the ids \[1, 2, 3\], not",
     ),
     "vllm, none": (
         "prompt_logprobs",
@@ -544,7 +545,7 @@ def test_a_server_that_adds_or_leaves_out_a_token_is_an_error_before_anything_is
         served.generates = case == "in front, generated, too"
     message = {
         "in front": "Does it put a token of its own in front",
-        "in front, named": r"token 0 was sent as id \d+ .* the server scores '<s>' there",
+        "in front, named": r"token 0 was sent as id \d+ .* the server read '<s>' there",
         "in front, generated, too": r"24 tokens were sent, 26 log-probs|\d+ tokens were sent, \d+ log-probs came back",
         "left out": "returns log-probs that are not those of the tokens that were sent",
     }[case]
@@ -558,7 +559,7 @@ def test_a_server_whose_tokenizer_cannot_be_known(
 ) -> None:
     served.tokens = "none"
     served.fault = lambda _, body, answer: (400, "no text") if isinstance(body["prompt"], str) else answer
-    with pytest.raises(ServerError, match="nobody can tell whether its tokenizer is the one given"):
+    with pytest.raises(ServerError, match="its tokenizer cannot be compared with the one given"):
         fill_from_server(make_store(tmp_path, tokenizer), pairs, settings(served), tokenizer, progress=False)
 
 
@@ -658,7 +659,7 @@ def test_no_secret_is_shown(
     [
         (
             {"headers": {"Authorization": "Bearer se\ncret"}},
-            "Authorization cannot be sent: a line break stands at place 10",
+            "Authorization cannot be sent: a line break stands at position 10",
         ),
         ({"headers": {"Authorization": "Bearer se\x00cret"}}, "a character outside ASCII, or a control character"),
         ({"headers": {"Authorization": "Bearer sécret"}}, "a character outside ASCII"),
@@ -729,7 +730,7 @@ def test_an_interruption_does_not_wait_for_answers(
     assert answered == []  # it would have waited for the answer, or for the server to give up
     go_on.set()
     interrupt.join()
-    assert store.stat().rows == 4  # what was scored before is stored
+    assert store.stat().rows == 4  # what was computed before is stored
 
 
 def test_an_interruption_does_not_wait_for_pauses(
@@ -794,7 +795,8 @@ def test_a_server_may_differ_by_its_noise_and_what_was_seen_is_told(
     fill_from_server(store, pairs[:6], settings(served), tokenizer, progress=False)
     with torch.no_grad():
         served.model.lm_head.weight.mul_(factor)
-    seen = compare_rows(store, rows_of_pairs(pairs[:6]), served_scorer(settings(served), tokenizer), sample=8, seed=0)
+    source = partial(served_logps, server=settings(served), tokenizer=tokenizer)
+    seen = compare_rows(store, rows_of_pairs(pairs[:6]), source, sample=8, seed=0)
     assert seen.rows == 8
     assert (1e-5 < seen.mean_difference < 2e-3) if passes else (0.015 < seen.mean_difference < 0.06)
     said = f"differ by {seen.mean_difference:.2g} nats in the mean over 8 rows from those stored as 'big@1' (by"
@@ -839,11 +841,11 @@ def test_the_command_asks_a_server(
     arguments += ["--store", str(tmp_path / "store"), "--tokenizer", str(reference_folder), "--max-length", "63"]
     arguments += ["--api-key-variable", "SERVER_KEY"]
     assert main(arguments) == 0
-    assert "0 were stored, 80 scored" in capsys.readouterr().out
+    assert "0 were stored, 80 computed" in capsys.readouterr().out
     assert served.headers[-1]["Authorization"] == "Bearer secret"
     asked = len(served.bodies)
     assert main(arguments) == 0
-    assert "80 were stored, 0 scored" in capsys.readouterr().out
+    assert "80 were stored, 0 computed" in capsys.readouterr().out
     assert len(served.bodies) == asked
     assert main([*arguments, "--verify", "--verify-tolerance", "1e-5"]) == 0
     store = ReferenceStore.open(tmp_path / "store", "big@1")
@@ -861,7 +863,7 @@ def test_the_command_asks_a_server(
     with torch.no_grad():
         served.model.lm_head.weight.mul_(1.02)
     assert main([*arguments, "--verify"]) == 1
-    assert "more than 0.015 in the mean: another model is served there now" in capsys.readouterr().err
+    assert "more than 0.015 in the mean is not noise: another model is served there now" in capsys.readouterr().err
     more = tmp_path / "more.jsonl"
     more.write_text(pairs_file.read_text() + json.dumps({"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}) + "\n")
     assert main([*arguments, "--pairs", str(more)]) == 1
@@ -871,7 +873,7 @@ def test_the_command_asks_a_server(
     assert main([*arguments, "--pairs", str(more)]) == 0
     shown = capsys.readouterr()
     assert "the server's log-probs differ by" in shown.err
-    assert "80 were stored, 2 scored" in shown.out
+    assert "80 were stored, 2 computed" in shown.out
     monkeypatch.delenv("SERVER_KEY")
     assert main(arguments) == 1
     assert "SERVER_KEY is not set" in capsys.readouterr().err

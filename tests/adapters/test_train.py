@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from plain_loop import plain_torch_run, training_pairs
 from ranks import step_engine_of_the_loop, stop_at
-from selective_pref import NonFiniteError
+from selective_pref import NonFiniteError, selective_dpo_loss
 from selective_pref_adapters import references
+from selective_pref_adapters.batch import responses
 from selective_pref_adapters.deepspeed_loop import loop, train
 from selective_pref_adapters.deepspeed_loop.checks import check_policy
 from selective_pref_adapters.deepspeed_loop.engine import start_processes
@@ -30,6 +33,7 @@ from selective_pref_adapters.models import load_model
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
+from selective_pref_adapters.seeing.runs import read_run
 from tiny import WORDS, make_mixture, make_model, make_text_and_image_model, text_rows, write_jsonl
 
 Configure = Callable[..., TrainConfig]
@@ -300,7 +304,7 @@ def test_a_run_by_length_learns_the_same_pairs(configure: Configure) -> None:
 
 def test_a_cosine_falls_after_its_warm_up(configure: Configure) -> None:
     result = train(configure(max_steps=6, warmup_steps=2, lr_schedule="cosine", eval_fraction=0))
-    assert result.summary["notes"] == []
+    assert result.summary["notes"] == ["pairs.jsonl: TRL standard rows: 40"]
     short = train(configure(max_steps=1, warmup_steps=1, eval_fraction=0, output_dir=configure().output_dir + "2"))
     assert short.summary["notes"] == ["warmup_steps 1 of 1 steps: the learning rate reaches its peak at no step"]
     rates = [line["learning_rate"] for line in result.metrics]
@@ -515,6 +519,7 @@ def test_a_tracker_that_does_not_start_leaves_the_folder_free(
     config = configure(tracker="trackio", max_steps=1)
     with pytest.raises(ValueError, match="tracker trackio cannot be started: no login"):
         train(config)
+    del sys.modules["trackio"]  # the one without a login
     assert not list(Path(config.output_dir).iterdir())
     config.tracker = "none"
     assert train(config).summary["steps"] == 1
@@ -565,6 +570,55 @@ def test_what_a_run_leaves_behind(configure: Configure, capsys: pytest.CaptureFi
     assert "sel_margin" in shown.err
 
 
+def test_the_selection_of_the_first_held_out_pairs_is_kept_at_each_evaluation(
+    configure: Configure, tmp_path: Path, reference_folder: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", text_rows(8))
+    options = {"eval_pairs": str(held_out), "max_steps": 4, "batch_size": 2, "save_steps": 2}
+    result = train(configure(picture_pairs=3, eval_steps=1, **options))  # more than one batch of them
+    folder = result.output_dir
+    run = read_run(folder)
+    assert [visit.step for visit in run.visits] == [0, 1, 2, 3, 4]
+    pairs, _ = tokenize_pairs(read_rows(held_out), AutoTokenizer.from_pretrained(folder), max_length=64)
+    batch = collate(pairs[:3], 0)
+    with torch.no_grad():
+        logps = [
+            model_per_token_logps(AutoModelForCausalLM.from_pretrained(model), batch)
+            for model in (folder, reference_folder)
+        ]
+    out = selective_dpo_loss(*responses(batch, *logps), beta=0.01, selection_ratio=0.4)
+    drawn = run.visits[-1].pairs
+    assert [pair["place"] for pair in drawn] == [f"held_out.jsonl:{row}" for row in (1, 2, 3)]
+    for side in ("chosen", "rejected"):
+        weights, mask = getattr(out, f"{side}_weights"), getattr(out, side).mask
+        for row, pair in enumerate(drawn):
+            assert pair[side]["weights"] == pytest.approx(weights[row][mask[row]].tolist())
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={IMAGES: 0}).Reload()
+    assert [event.step for event in events.Images("selection/pairs")] == [0, 1, 2, 3, 4]
+
+    without = train(configure(picture_pairs=0, output_dir=str(tmp_path / "without"), **options))
+    assert not (without.output_dir / "selection").exists()
+    ours, theirs = (load_file(run / "model.safetensors") for run in (folder, without.output_dir))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # It goes on from step 2, with an evaluation at the end alone: what the first run drew at step 3 is not of this run.
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    train(configure(picture_pairs=1, resume="auto", **options))
+    assert [(visit.step, len(visit.pairs)) for visit in read_run(folder).visits] == [(0, 3), (1, 3), (2, 3), (4, 1)]
+
+
+def test_without_matplotlib_there_are_files_and_a_note(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
+    result = train(configure(max_steps=1, objective="sft", ref_model=None))
+    assert (result.output_dir / "selection" / "step-000001.svg").exists()
+    assert "matplotlib is not installed: the selection of the fixed pairs is kept as files" in capsys.readouterr().err
+
+
 def test_a_run_repeats_itself(configure: Configure, tmp_path: Path) -> None:
     one = train(configure(max_steps=4, output_dir=str(tmp_path / "one")))
     two = train(configure(max_steps=4, output_dir=str(tmp_path / "two")))
@@ -605,6 +659,9 @@ def test_rows_left_out_are_reported(configure: Configure, tmp_path: Path, capsys
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     with pytest.raises(ValueError, match=r"rows\.jsonl:22"):
         train(configure(pairs=path, max_steps=1))
+    equal = str(write_jsonl(tmp_path / "equal.jsonl", rows[20:21]))
+    with pytest.raises(ValueError, match="evaluation pairs: none of 1 pairs can be trained on"):
+        train(configure(eval_pairs=equal, max_steps=1))
     result = train(
         configure(pairs=path, max_steps=1, skip_malformed_rows=True, eval_fraction=0, output_dir=str(tmp_path / "o"))
     )

@@ -35,6 +35,7 @@ from selective_pref_adapters.cli import main
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore
+from selective_pref_adapters.seeing.runs import read_run
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
 from selective_pref_adapters.trl_trainer import config as trl_config
 from selective_pref_adapters.trl_trainer import reference as trl_reference
@@ -180,6 +181,7 @@ def test_one_trajectory_however_the_batch_is_made(make: Make, tmp_path: Path) ->
         },
         "padded to 16": {"pad_to_multiple_of": 16},
         "logits": {"fused_head": False},
+        "padded rows": {"share_prefix": "off"},
         "filled store": {"precompute_ref_log_probs": True, "reference_store": store},
         "store alone": {"reference_store": store, "ref_model": None},
     }
@@ -201,7 +203,8 @@ def test_weights_where_nothing_is_selected_get_no_gradient_from_the_head(make: M
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     trainer.compute_loss(trainer.model, batch).backward()
     kept = sum(math.ceil(0.4 * int(row.sum())) for row in batch["completion_mask"])
-    assert seen[0].shape == batch["input_ids"][:, 1:].shape  # log-probs left the head, not logits
+    completions = int(batch["completion_mask"][:, 1:].sum())
+    assert seen[0].shape == (1, completions)  # log-probs of the completion tokens left the head, not logits
     assert int((seen[0] != 0).sum()) == kept
 
 
@@ -452,8 +455,8 @@ def test_rows_that_a_collator_cuts_are_stored_as_they_are_trained(make: Make) ->
         batch["completion_mask"][:, 0] = 1
         return batch
 
-    with pytest.raises(ValueError, match="train, row 0: only completions that end their row"):
-        pairs_of(trainer.train_dataset, prompt_too, "train")
+    pair = pairs_of(trainer.train_dataset, prompt_too, "train")[3]
+    assert pair.chosen_mask.tolist() == [True, *pairs[3].chosen_mask.tolist()[1:]]  # a mask of any form is kept
 
 
 # --- data, evaluation, resuming --------------------------------------------------------------------------------------
@@ -617,6 +620,7 @@ def test_every_option_of_dpoconfig_is_read_or_refused(tmp_path: Path) -> None:
         ({"beta": 0.0}, "beta must be"),
         ({"label_smoothing": 0.5}, "label_smoothing must be"),
         ({"selection_warmup_steps": -1}, "selection_warmup_steps must be"),
+        ({"truncation_mode": "middle"}, "truncation_mode must be"),
         ({"scores": "entropy"}, "scores must be one of .*alignment.*module:function"),
         ({"scores": "absent.module:f"}, "No module named"),
         ({"scores": "math:absent"}, "has no attribute"),
@@ -660,6 +664,37 @@ def test_what_the_trainer_refuses(make: Make, policy_folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=rf"token id {len(tokenizer) - 1} .*outside the reference's vocabulary of 7"):
         make(ref_model=small)
     trained(make(train_dataset=stream, max_steps=1))  # without a store a stream is fine
+
+
+def test_rows_that_are_left_out_are_counted_and_none_left_is_an_error(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [{"prompt": "w1 " * 70, "chosen": "w2", "rejected": "w3"}] * 3
+    make(train_dataset=Dataset.from_list(ROWS[:5] + long))
+    assert "train: 3 of 8 rows are left out, since their prompt alone fills max_length 64" in caplog.text
+    store = {"reference_store": str(tmp_path / "store")}
+    for way in ({"train_dataset": Dataset.from_list(long)}, {"eval_dataset": Dataset.from_list(long)}):
+        for more in ({}, store):
+            with pytest.raises(ValueError, match=r"nothing is left of the \w+ data set: every one of its 3 prompts"):
+                make(**way, **more)
+    with pytest.raises(ValueError, match="nothing is left of the eval data set: empty"):
+        make(eval_dataset=Dataset.from_list(ROWS).select([]))
+
+
+def test_ids_that_the_policy_does_not_have_are_refused(make: Make, tmp_path: Path, policy_folder: Path) -> None:
+    small = load(make_model(tmp_path / "small", seed=2, words=["w0"]))
+    with pytest.raises(ValueError, match=r"token id \d+ is outside the policy's vocabulary of 7"):
+        make(model=small, ref_model=load(policy_folder))
+
+
+def test_what_was_frozen_or_unfrozen_since_is_looked_at_again(make: Make) -> None:
+    trainer = make(ref_model=None, peft_config=LORA)
+    trainer.model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight would be trained, too"):
+        trainer.train()
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        trainer.train()
 
 
 def test_the_default_length_is_what_all_models_can_read(make: Make, tmp_path: Path) -> None:
@@ -765,6 +800,8 @@ def test_nan_stops_the_run_before_the_weights_change(make: Make, reference_folde
     with pytest.raises(NonFiniteError, match=r"step 1: .*ref_per_token_logps.*rows"):
         trainer.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    with pytest.raises(NonFiniteError, match="evaluation after step 0: "):
+        make(ref_model=teacher, eval_dataset=Dataset.from_list(ROWS[:8])).evaluate()
     lenient = make(ref_model=teacher, raise_on_non_finite=False, max_steps=1, logging_nan_inf_filter=False)
     trained(lenient)
     assert lenient.state.log_history[0]["selection/nonfinite_rows"] == 1.0
@@ -816,6 +853,31 @@ def test_the_command_trains_from_a_recipe(
     recipe.write_text(recipe.read_text() + "selction_ratio: 0.4\n")
     assert main(flags) == 1
     assert "there is no option 'selction_ratio': did you mean 'selection_ratio'?" in capsys.readouterr().err
+
+
+def test_words_that_yaml_reads_as_true_or_false(tmp_path: Path) -> None:
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from selective_pref_adapters.trl_trainer.command import SelectiveDPOArguments, with_config_file
+
+    recipe = tmp_path / "recipe.yaml"
+
+    def read(text: str) -> SelectiveDPOConfig:
+        recipe.write_text(text)
+        parser = TrlParser((SelectiveDPOArguments, SelectiveDPOConfig, ModelConfig, DatasetMixtureConfig))
+        words = with_config_file(parser, ["--config", str(recipe), "--output_dir", str(tmp_path), "--use_cpu"])
+        return parser.parse_args_and_config(args=words)[1]
+
+    args = read("report_to: off\nsave_strategy: no\nmax_length: no\nreference_store: no\nbf16: no\nfused_head: off\n")
+    assert (args.report_to, args.save_strategy, args.max_length) == ([], "no", None)
+    assert (args.reference_store, args.bf16, args.fused_head) == (None, False, False)
+    assert read("gradient_checkpointing: yes\nbf16: no\n").gradient_checkpointing
+    for line, message in (
+        ("eval_strategy: yes", "recipe.yaml: eval_strategy: expected one of no, steps, epoch, got true"),
+        ("learning_rate: no", "learning_rate: expected a value, got false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(line)
 
 
 def test_the_paper_s_recipe(tmp_path: Path) -> None:
@@ -870,7 +932,10 @@ def test_the_two_name_change_of_the_page(
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Path, make: Make) -> None:
-    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone."""
+    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone.
+
+    Two processes share prompts; the one that they are compared with computes padded rows.
+    """
     script = Path(__file__).with_name("trl_two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "adapters"))
@@ -883,10 +948,11 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     lines = {name: line for name, line in (json.loads(text) for text in (tmp_path / "runs.jsonl").open())}
-    single = trained(make(eval_dataset=Dataset.from_list(ROWS[:5])))
+    single = trained(make(eval_dataset=Dataset.from_list(ROWS[:5]), share_prefix="off"))
     single.evaluate()
     alone, evaluated = steps_of(single), single.state.log_history[-1]
-    for name in ("ddp", "zero2", "zero3", "store", "zero3 store"):
+    assert all(line["shared"] >= 4 for line in lines.values() if "shared" in line)
+    for name in ("ddp", "ddp checkpointing", "zero2", "zero3", "store", "zero3 store"):
         for step, (one, two) in enumerate(zip(alone, lines[name]["steps"], strict=True)):
             for metric in ("loss", "grad_norm", "rewards/margins", "entropy", "num_tokens", "selection/fraction"):
                 assert two[metric] == pytest.approx(one[metric], rel=2e-5, abs=2e-6), (name, step, metric)
@@ -906,6 +972,8 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
         assert lines[name]["steps"][-1]["grad_norm"] > 0
     assert all(line["sharded"] == name.startswith("zero3") for name, line in lines.items() if "sharded" in line)
     assert lines["zero3 bf16 store"]["bits"]
+    sizes = [[len(single.train_dataset[row][f"{side}_ids"]) for side in ("chosen", "rejected")] for row in range(3)]
+    assert lines["zero3"]["kept"] == [pytest.approx([math.ceil(0.4 * size) for size in pair]) for pair in sizes]
     assert lines["nan"] == {"raised": [True, True], "own": [False, True]}
     assert run.stderr.count("the reference equals the initial policy") == 2  # once a run, on the first process
     assert "served by its logits" not in run.stderr
@@ -925,3 +993,41 @@ def test_a_store_may_be_shared_with_one_s_own_code(make: Make, tmp_path: Path, r
     stored = ReferenceStore.open(tmp_path / "store").lookup(batch)
     running = frozen_per_token_logps(load_fused(reference_folder), batch)
     torch.testing.assert_close(stored, running, rtol=1e-5, atol=1e-5)
+
+
+# --- the selection of fixed pairs ------------------------------------------------------------------------------------
+
+
+def test_the_selection_of_fixed_pairs_is_kept_at_each_evaluation(make: Make, tmp_path: Path) -> None:
+    """As the core selects, in files and in TensorBoard, without touching what the run computes."""
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    held_out = {"one": Dataset.from_list(ROWS[:7]), "two": Dataset.from_list(ROWS[7:9])}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    plain = steps_of(trained(make(eval_dataset=dict(held_out), **evaluated)))
+    changed = {"picture_pairs": 3, "report_to": ["tensorboard"]}
+    (tmp_path / "out" / "selection").mkdir(parents=True)
+    (tmp_path / "out" / "selection" / "step-000090.json").write_text("of an earlier run")
+    trainer = trained(make(eval_dataset=dict(held_out), **evaluated, **changed))
+    assert steps_of(trainer) == plain
+    trainer.save_state()
+    visits = read_run(tmp_path / "out").visits
+    assert [visit.step for visit in visits] == [2, 4]
+    batch = trainer.data_collator([trainer.eval_dataset["one"][row] for row in range(3)])
+    trainer.model.eval()
+    logps = [frozen_per_token_logps(model, batch) for model in (trainer.model, trainer.ref_model)]
+    out = selective_dpo_loss(*responses(batch, *logps), beta=0.01, selection_ratio=0.4)
+    assert len(visits[-1].pairs) == 3
+    for row, pair in enumerate(visits[-1].pairs):
+        assert pair["place"].endswith(f", row {row}")
+        for side in ("chosen", "rejected"):
+            kept = getattr(out, f"{side}_weights")[row][getattr(out, side).mask[row]]
+            assert pair[side]["weights"] == pytest.approx(kept.tolist())
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={IMAGES: 0}).Reload()
+    assert [event.step for event in events.Images("selection/pairs")] == [2, 4]
+
+
+def test_a_negative_number_of_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="picture_pairs must be at least 0; got -1"):
+        SelectiveDPOConfig(**options(tmp_path, picture_pairs=-1))

@@ -22,7 +22,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError
+from selective_pref_adapters import heads
 from selective_pref_adapters.batch import REF_LOGPS, from_bits
+from selective_pref_adapters.shared_prefix import layout
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
 from tiny import text_rows
 
@@ -69,6 +71,20 @@ def make(policy: str, folder: Path, ref_model: Any = None, peft_config: Any = No
     )
 
 
+def count_shared() -> list[int]:
+    """How many batches have shared their prompts so far, from now on."""
+    shared, lay_out = [0], heads.lay_out
+    layout.CPU_ROW_TOKENS = 0  # a row for each prompt: in a single process they would be several calls
+
+    def counted(*args: Any, **options: Any) -> Any:
+        found = lay_out(*args, **options)
+        shared[0] += found is not None
+        return found
+
+    heads.lay_out = counted
+    return shared
+
+
 def main(policy: str, reference: str, folder: Path) -> None:
     def note(name: str, seen: Any) -> None:
         if dist.get_rank() == 0:
@@ -83,6 +99,7 @@ def main(policy: str, reference: str, folder: Path) -> None:
                 model.lm_head.weight[20] = math.nan
         return model
 
+    shared = count_shared()
     trainer, error = make(policy, folder, ref_model=broken), ""
     try:
         trainer.train()
@@ -96,9 +113,14 @@ def main(policy: str, reference: str, folder: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     runs: dict[str, dict[str, Any]] = {
         "ddp": {"ref_model": reference},
+        "ddp checkpointing": {
+            "ref_model": reference,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
         "store": {"ref_model": reference, "reference_store": store, "precompute_ref_log_probs": True},
         "zero2": {"ref_model": reference, "deepspeed": zero(2)},
-        "zero3": {"ref_model": reference, "deepspeed": zero(3)},
+        "zero3": {"ref_model": reference, "deepspeed": zero(3), "picture_pairs": 3},
         "zero3 store": {"reference_store": store, "deepspeed": zero(3)},
         "zero3 bf16": {"ref_model": reference, "deepspeed": zero(3, bf16=True), "bf16": True},
         "zero3 bf16 store": {"reference_store": store, "deepspeed": zero(3, bf16=True), "bf16": True},
@@ -106,6 +128,7 @@ def main(policy: str, reference: str, folder: Path) -> None:
         "zero3 lora": {"peft_config": lora, "deepspeed": zero(3)},
     }
     for name, changed in runs.items():
+        before = shared[0]
         trainer = make(policy, folder, **changed)
         trainer.train()
         sharded = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
@@ -114,7 +137,10 @@ def main(policy: str, reference: str, folder: Path) -> None:
         dist.all_gather_object(every_rank, steps)
         assert every_rank[0] == every_rank[1], "ranks log different numbers"
         trainer.evaluate()  # 5 pairs on two processes with 4 each: the last batch is filled up with 3 repeated ones
-        seen = {"steps": steps, "sharded": sharded, "eval": trainer.state.log_history[-1]}
+        seen = {"steps": steps, "sharded": sharded, "shared": shared[0] - before, "eval": trainer.state.log_history[-1]}
+        if changed.get("picture_pairs") and dist.get_rank() == 0:  # which has written them
+            drawn = json.loads((folder / "out" / "selection" / "step-000004.json").read_text())["pairs"]
+            seen["kept"] = [[sum(pair[side]["weights"]) for side in ("chosen", "rejected")] for pair in drawn]
         if "store" in name:  # what the collator looked up reaches the loss bit by bit, whatever the engine casts
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
             looked_up = trainer.reference.source().store.lookup(batch)

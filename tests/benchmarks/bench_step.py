@@ -7,6 +7,8 @@ process, a step each in shuffled order, round after round; ratios are taken with
 (on a CPU; on a GPU between wall seconds). One reference has the policy's size, the other is several times larger. Peak
 memory is that of a fresh process, above what it held before models were loaded.
 
+*Padded rows* is this library's loop with `share_prefix` off: the prompt of a pair goes through the body for each side.
+
 Where the time goes is read from hooks: *body* is everything below the last hidden states, forward and backward; *head*
 is what lies between them and the per-token log-probs (and, backward, the loss); *reference* is a forward pass, or a
 look into the store; *selection* is from log-probs to losses; *optimiser* is clipping and AdamW.
@@ -41,7 +43,8 @@ POLICY = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, 
 LARGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8}
 BETA, RATIO, RATE, LENGTH = 0.01, 0.4, 1e-6, 192
 PARTS = ("body", "head", "reference", "selection", "optimiser")
-METHODS = [(name, size) for size in ("same", "large") for name in ("ours, store", "ours, live reference", "TRL")]
+NAMES = ("ours, store", "ours, store, padded rows", "ours, live reference", "TRL")
+METHODS = [(name, size) for size in ("same", "large") for name in NAMES]
 
 
 def cpu() -> float:
@@ -74,9 +77,13 @@ class Clock:
         body = causal.base_model
 
         def leave_body(_: Any, __: Any, out: Any) -> None:
-            self.body_forward = cpu() - marks["body"]
+            self.body_forward += cpu() - marks["body"]  # rows of shared prompts may take several calls
             if out[0].requires_grad:
-                out[0].register_hook(lambda _: setattr(self, "hidden_gradient", cpu()))
+                out[0].register_hook(lambda _: setattr(self, "hidden_gradient", self.hidden_gradient or cpu()))
+
+        def enter_model(*_: Any) -> None:
+            self.body_forward = self.hidden_gradient = 0.0
+            marks["model"] = cpu()
 
         def leave_model(*_: Any) -> None:
             self.seconds["body"] += self.body_forward
@@ -84,7 +91,7 @@ class Clock:
 
         body.register_forward_pre_hook(lambda *_: marks.__setitem__("body", cpu()))
         body.register_forward_hook(leave_body)
-        causal.register_forward_pre_hook(lambda *_: marks.__setitem__("model", cpu()))
+        causal.register_forward_pre_hook(enter_model)
         causal.register_forward_hook(leave_model)
 
     def backward(self, function: Callable[[], Any]) -> None:
@@ -94,7 +101,7 @@ class Clock:
         self.seconds["body"] += cpu() - self.hidden_gradient
 
 
-def ours(folder: Path, size: str, pairs: list[Any], clock: Clock, *, stored: bool) -> Callable[[], None]:
+def ours(folder: Path, size: str, pairs: list[Any], clock: Clock, *, stored: bool, share: str) -> Callable[[], None]:
     """One step of `deepspeed_loop`, from its own parts."""
     from selective_pref_adapters.deepspeed_loop import checks, loop
     from selective_pref_adapters.deepspeed_loop import engine as engines
@@ -106,7 +113,13 @@ def ours(folder: Path, size: str, pairs: list[Any], clock: Clock, *, stored: boo
 
     source = {"reference_store": str(folder / f"store-{size}")} if stored else {"ref_model": str(folder / size)}
     config = TrainConfig(
-        model=str(folder / "policy"), pairs="", batch_size=len(pairs), learning_rate=RATE, beta=BETA, **source
+        model=str(folder / "policy"),
+        pairs="",
+        batch_size=len(pairs),
+        learning_rate=RATE,
+        beta=BETA,
+        share_prefix=share,
+        **source,
     )
     engines.start_processes(config)
     policy, tokenizer = load_model(config.model, dtype="float32"), load_tokenizer(config.model)
@@ -218,7 +231,8 @@ def prepare(folder: Path, method: str, size: str, clock: Clock) -> Callable[[], 
         return trl(folder, size, [json.loads(line) for line in (folder / "rows.jsonl").open()], clock)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     pairs, _ = tokenize_pairs(read_rows(folder / "rows.jsonl"), tokenizer, max_length=2 * LENGTH)
-    return ours(folder, size, pairs, clock, stored=method == "ours, store")
+    share = "off" if method.endswith("padded rows") else "auto"
+    return ours(folder, size, pairs, clock, stored="store" in method, share=share)
 
 
 def resident(name: str) -> float:

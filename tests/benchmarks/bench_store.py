@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_store.py
 
 Four questions, on models made on the spot (random weights cost what trained ones cost):
-reading a batch, as a share of a training step of the policy; writing, as a share of scoring; a training step with the
+reading a batch, as a share of a training step of the policy; writing, as a share of computing; a training step with the
 reference online against one that reads; and the size of 80,000 pairs of 2 × 550 tokens, with the time to open them in a
 fresh process. Reading and training steps alternate in one run, in shuffled order; shares are medians over rounds with
 minimum and maximum. The models are tiny: a larger one makes every share smaller.
@@ -37,7 +37,7 @@ from selective_pref_adapters.reference_store import (
     model_identity,
     rows_of_pairs,
 )
-from selective_pref_adapters.reference_store.fill import local_scores
+from selective_pref_adapters.reference_store.local import local_logps
 from selective_pref_adapters.reference_store.spaces import vocabulary_digest
 
 OPEN = """
@@ -45,7 +45,7 @@ import sys, time
 import selective_pref_adapters.reference_store.store as cache
 start = time.perf_counter()
 store = cache.ReferenceStore.open(sys.argv[1])
-print(time.perf_counter() - start, len(store._where))
+print(time.perf_counter() - start, len(store.index.stored_keys()))
 """
 
 
@@ -138,28 +138,28 @@ def reading(folder: Path, hidden: int, layers: int, tokens: int, rounds: int) ->
 
 
 def writing(folder: Path, hidden: int, layers: int, tokens: int, rounds: int) -> None:
-    """Rows scored, then the same rows written and flushed to the disk, ten shards for a hundred rows."""
+    """Log-probs of rows computed, then the same rows written and flushed to the disk, ten shards for a hundred rows."""
     model = make_model(hidden, layers).eval()
     rows = rows_of_pairs(make_pairs(50, tokens, tokens // 5))
     space = make_space(model)
-    times: dict[str, list[float]] = {"score": [], "write": []}
+    times: dict[str, list[float]] = {"compute": [], "write": []}
     for number in range(rounds):
         start = time.perf_counter()
-        scored = [pair for call in local_scores(rows, model, pad_token_id=0) for pair in call]
-        times["score"].append(time.perf_counter() - start)
+        computed = [pair for call in local_logps(rows, model, pad_token_id=0) for pair in call]
+        times["compute"].append(time.perf_counter() - start)
         store = ReferenceStore.create(folder / str(number), space)
-        times["write"].append(seconds(partial(write, store, scored)))
+        times["write"].append(seconds(partial(write, store, computed)))
         assert store.stat().shards == 10
-    share = [write / score for write, score in zip(times["write"], times["score"], strict=True)]
+    share = [write / compute for write, compute in zip(times["write"], times["compute"], strict=True)]
     print(
-        f"| {millions(model)} | 100 × {tokens} | {spread(times['score'])} | {spread(times['write'], 1e3)} | "
+        f"| {millions(model)} | 100 × {tokens} | {spread(times['compute'])} | {spread(times['write'], 1e3)} | "
         f"**{spread(share, 100)} %** |"
     )
 
 
-def write(store: ReferenceStore, scored: list[tuple[Row, np.ndarray]]) -> None:
-    with store.writer(shard_bytes=scored[0][1].nbytes * 10) as writer:
-        for row, values in scored:
+def write(store: ReferenceStore, computed: list[tuple[Row, np.ndarray]]) -> None:
+    with store.writer(shard_bytes=computed[0][1].nbytes * 10) as writer:
+        for row, values in computed:
             writer.add(row, values)
 
 
@@ -206,7 +206,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         for hidden, layers, tokens in ((64, 5, 128), (64, 5, 512), (256, 6, 512)):
             reading(folder / f"reading-{hidden}-{tokens}", hidden, layers, tokens, options.rounds + 1)
-        print("\n| reference | rows | scoring, s | writing, ms | share |")
+        print("\n| reference | rows | computing, s | writing, ms | share |")
         print("|---|---|---|---|---|")
         for hidden, layers, tokens in ((64, 5, 512), (256, 6, 512)):
             writing(folder / f"writing-{hidden}", hidden, layers, tokens, min(options.rounds, 5))

@@ -9,6 +9,7 @@ state         progress, metrics since the last line of the log, random states
 not_finite    batches and gradients that are not finite: stop, or leave out on all processes
 checkpoints   checkpoint folders, complete or not there at all
 resume        whether it is the same run; saving and loading checkpoints; SIGTERM
+pictures      the selection of a few fixed pairs, drawn at each evaluation
 run_log       metrics.jsonl, TensorBoard, trackers; the table and the sentences at the end
 """
 

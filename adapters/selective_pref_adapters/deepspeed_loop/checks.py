@@ -21,9 +21,10 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
-from selective_pref_adapters.models import check_no_auxiliary_loss, check_savable, check_trainable
+from selective_pref_adapters.model_checks import check_no_auxiliary_loss, check_savable, check_trainable
 from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective, unread
 from selective_pref_adapters.options import LossOptions, TrainConfig
+from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
 
 
 def check_config(config: TrainConfig) -> None:
@@ -64,7 +65,7 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    for name in ("warmup_steps", "weight_decay"):
+    for name in ("warmup_steps", "weight_decay", "picture_pairs"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 0; got {getattr(config, name)}")
     if config.offload_optimizer and config.zero_stage < 1:
@@ -145,6 +146,11 @@ def warm_up_note(config: TrainConfig, steps: int) -> list[str]:
     if config.warmup_steps < steps:
         return []
     return [f"warmup_steps {config.warmup_steps} of {steps} steps: the learning rate reaches its peak at no step"]
+
+
+def image_note(config: TrainConfig) -> list[str]:
+    """A sentence where the selection of the fixed pairs cannot be drawn as an image, for lack of a library."""
+    return [NO_IMAGES] if config.picture_pairs and not can_draw() else []
 
 
 def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:

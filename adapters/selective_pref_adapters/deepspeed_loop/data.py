@@ -10,7 +10,15 @@ import torch
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER
 from selective_pref_adapters.models import check_token_ids
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.pairs import PreferenceRow, TokenizedPair, read_rows, split_by_prompt, tokenize_pairs
+from selective_pref_adapters.pairs import (
+    PreferenceRow,
+    RowError,
+    TokenizedPair,
+    parse_columns,
+    read_rows,
+    split_by_prompt,
+    tokenize_pairs,
+)
 from selective_pref_adapters.reference_store import ReferenceStore
 
 
@@ -24,25 +32,37 @@ def load_pairs(
         if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")):
             notes.append("this CPU has no instructions for bfloat16: it is emulated, and slower than float32")
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
-    rows = read_rows(config.pairs, malformed)
+    columns = parse_columns(config.columns)
+    rows = read_rows(config.pairs, malformed, columns=columns, notes=notes)
     if config.eval_pairs is None:
         rows, eval_rows = split_by_prompt(rows, config.eval_fraction, config.seed)
     else:
-        eval_rows = read_rows(config.eval_pairs, malformed)
+        eval_rows = read_rows(config.eval_pairs, malformed, columns=columns, notes=notes)
         seen = {row.prompt_key for row in rows}
         if common := sum(row.prompt_key in seen for row in eval_rows):
             notes.append(f"{common} of {len(eval_rows)} evaluation rows have a prompt that is trained on")
-    if malformed:
-        notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
 
     def tokenized(which: str, some: list[PreferenceRow]) -> list[TokenizedPair]:
-        pairs, report = tokenize_pairs(
-            some, tokenizer, max_length=max_length, truncation_mode=config.truncation_mode, progress=progress
-        )
+        try:
+            pairs, report = tokenize_pairs(
+                some,
+                tokenizer,
+                max_length=max_length,
+                truncation_mode=config.truncation_mode,
+                malformed=malformed,
+                progress=progress,
+            )
+        except RowError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{which} pairs: {error}") from error
         notes.extend(f"{which}: {line}" for line in report.lines())
         return pairs
 
-    return tokenized("training", rows), tokenized("evaluation", eval_rows) if eval_rows else [], notes
+    train_pairs, eval_pairs = tokenized("training", rows), tokenized("evaluation", eval_rows) if eval_rows else []
+    if malformed:
+        notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+    return train_pairs, eval_pairs, notes
 
 
 def check_pairs(pairs: Sequence[TokenizedPair], models: Mapping[str, Any], stores: Iterable[ReferenceStore]) -> None:

@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a line on stdout when it has to guess
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -59,7 +60,7 @@ def leave_processes() -> None:
 def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_step: int) -> tuple[Any, Any]:
     """(engine around the policy, learning-rate scheduler)."""
     if config.fused_head:
-        install_fused_head(policy)
+        install_fused_head(policy, share_prefix=config.share_prefix)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -168,9 +169,13 @@ class FiniteAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """One step, or none where the gradient is not finite."""
         trained = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm))
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        self._global_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.overflow = not math.isfinite(self._global_grad_norm)
-        return None if self.overflow else super().step(closure)
+        if self.overflow:
+            return None
+        clip_grad_norm_(trained, self.max_grad_norm)  # DeepSpeed's, as at every other stage
+        return super().step(closure)
 
 
 def step_engine(engine: Any) -> float:

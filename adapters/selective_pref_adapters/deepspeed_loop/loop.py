@@ -11,7 +11,6 @@ whatever its pairs hold. Only the first one writes logs and the model. CPU or GP
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from selective_pref_adapters.deepspeed_loop.checks import (
     check_policy,
     check_space,
     configured_objective,
+    image_note,
     usable_folder,
     warm_up_note,
 )
@@ -41,6 +41,7 @@ from selective_pref_adapters.deepspeed_loop.engine import (
     step_engine,
 )
 from selective_pref_adapters.deepspeed_loop.not_finite import check_gradient, leave_out, loss_without_gradient
+from selective_pref_adapters.deepspeed_loop.pictures import Pictures
 from selective_pref_adapters.deepspeed_loop.resume import (
     StopRequest,
     check_same_run,
@@ -50,8 +51,9 @@ from selective_pref_adapters.deepspeed_loop.resume import (
     load_checkpoint,
     save_checkpoint,
     stopped_run,
+    unreadable_note,
 )
-from selective_pref_adapters.deepspeed_loop.run_log import RunLog, print_summary
+from selective_pref_adapters.deepspeed_loop.run_log import RunLog, write_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
     evaluation_batches,
     first_pairs,
@@ -70,8 +72,8 @@ from selective_pref_adapters.deepspeed_loop.state import (
     finite_or_none,
     metrics_of_step,
 )
-from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.model_checks import check_padding
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
@@ -101,6 +103,7 @@ class Run:
     rank: int
     world_size: int
     console: Console
+    pictures: Pictures
     progress: Progress
 
 
@@ -132,6 +135,7 @@ def train(config: TrainConfig) -> TrainResult:
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
     notes = check_policy(policy, tokenizer)
+    check_padding(tokenizer, models)
     max_length = usable_length(config.max_length, models)
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
@@ -142,7 +146,8 @@ def train(config: TrainConfig) -> TrainResult:
     steps = number_of_steps(config, len(train_pairs), per_step)
     check_space(output_dir, policy, steps, config)
     identity = identity_of(config, world_size, train_pairs, eval_pairs, sources)
-    notes += warm_up_note(config, steps) + check_same_run(checkpoint, output_dir, identity, config)
+    notes += warm_up_note(config, steps) + image_note(config) + check_same_run(checkpoint, output_dir, identity, config)
+    notes += unreadable_note(output_dir, checkpoint) if config.resume == "auto" else []
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True, highlight=False)
     if config.resume and (finished := finished_run(output_dir, steps, checkpoint)):
@@ -161,6 +166,7 @@ def train(config: TrainConfig) -> TrainResult:
         rank=rank,
         world_size=world_size,
         console=console,
+        pictures=Pictures(config, eval_pairs, tokenizer),
         progress=Progress() if checkpoint is None else load_checkpoint(engine, checkpoint),
     )
     progress = run.progress
@@ -169,8 +175,7 @@ def train(config: TrainConfig) -> TrainResult:
     resumed_at = None if checkpoint is None else progress.step
     with StopRequest() as stop, RunLog(output_dir, config, identity, resumed_at, writes=rank == 0) as log:
         if checkpoint is None:
-            progress.first_evaluation = progress.last_evaluation = evaluate(run, eval_pairs)
-            log.write(0, 0.0, progress.first_evaluation)
+            progress.first_evaluation = progress.last_evaluation = evaluate(run, eval_pairs, log, 0.0)
         engine.train()
         todo = range(progress.step + 1, steps + 1)
         bar = tqdm(todo, desc="train", unit="step", initial=progress.step, total=steps, disable=rank > 0)
@@ -187,8 +192,7 @@ def train(config: TrainConfig) -> TrainResult:
             if step == steps:  # before the last evaluation, which may end the run at a number that is not finite
                 save_model(engine, tokenizer, output_dir)
             if step == steps or (config.eval_steps and step % config.eval_steps == 0):
-                progress.last_evaluation = evaluate(run, eval_pairs)
-                log.write(step, epoch, progress.last_evaluation)
+                progress.last_evaluation = evaluate(run, eval_pairs, log, epoch)
             if config.save_steps and step % config.save_steps == 0:
                 save()
         if resumed_at == steps:  # that run ended between its last checkpoint and its summary
@@ -204,8 +208,7 @@ def train(config: TrainConfig) -> TrainResult:
         "after": finite_or_none(progress.last_evaluation),
     }
     if rank == 0:
-        write_whole(output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        print_summary(Console(), config, output_dir, summary, log.lines)
+        write_summary(config, output_dir, summary, log.lines)
     return TrainResult(output_dir=output_dir, metrics=log.lines, summary=summary)
 
 
@@ -252,8 +255,8 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
     return loss_of_batch(run.objective, batch, *(None if some is None else first_pairs(some, count) for some in logps))
 
 
-def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair]) -> Metrics:
-    """Means over the held-out pairs, names prefixed with `eval_`; empty without held-out pairs.
+def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:
+    """Logs means over the held-out pairs, names prefixed with `eval_` (none without pairs), and draws the fixed ones.
 
     A batch whose loss is not finite on some process is treated as in training; `eval_skipped_batches` counts those
     that were left out.
@@ -271,10 +274,14 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair]) -> Metrics:
             else:
                 where = f"evaluation after step {run.progress.step}"
                 leave_out(run.config, run.console, non_finite_error(out, where, places(pairs)))
+        read = [losses_of(run, pairs) for pairs in run.pictures.batches]
     run.engine.train()
     means = mean_over_pairs([metrics for metrics, _ in seen], [count for _, count in seen])
     means |= {"skipped_batches": float(len(batches) - len(seen))} if len(seen) < len(batches) else {}
-    return {f"eval_{name}": value for name, value in means.items()}
+    metrics = {f"eval_{name}": value for name, value in means.items()}
+    log.write(run.progress.step, epoch, metrics)
+    run.pictures.draw(read, log, run.progress.step)
+    return metrics
 
 
 def open_reference(
@@ -292,4 +299,9 @@ def open_reference(
         return None
     loaded = load_model(model, dtype=config.dtype)
     check_same_tokenizer(tokenizer, load_tokenizer(model))
-    return RunningReference(loaded, fused_head=config.fused_head, start=partial(start_frozen_engine, config))
+    return RunningReference(
+        loaded,
+        fused_head=config.fused_head,
+        share_prefix=config.share_prefix,
+        start=partial(start_frozen_engine, config),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.console import Console
 
 import selective_pref_adapters.deepspeed_loop.checkpoints as checkpoints
 from selective_pref_adapters.deepspeed_loop.engine import load_engine
+from selective_pref_adapters.deepspeed_loop.run_log import lines_until
 from selective_pref_adapters.deepspeed_loop.state import (
     LoggedMetrics,
     Progress,
@@ -48,7 +50,9 @@ def identity_of(
     def digest(pairs: Sequence[TokenizedPair]) -> str:
         text = hashlib.sha256()
         for p in pairs:
-            text.update(repr((p.chosen_ids, p.rejected_ids, p.chosen_prompt_length, p.rejected_prompt_length)).encode())
+            lengths = p.chosen_prompt_length, p.rejected_prompt_length
+            unscored = *p.chosen_unscored, *p.rejected_unscored
+            text.update(repr((p.chosen_ids, p.rejected_ids, *lengths, *unscored)).encode())
         return f"{len(pairs)} pairs, {text.hexdigest()[:16]}"
 
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
@@ -75,7 +79,7 @@ def check_same_run(checkpoint: Path | None, folder: Path, identity: dict[str, An
     recorded = (checkpoint or folder) / "run.json"
     if config.resume is None or not recorded.exists():
         return []
-    theirs = json.loads(recorded.read_text(encoding="utf-8"))
+    theirs = _read_json(recorded)
     ours = json.loads(json.dumps(identity))
     changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     listed = [f"{name} was {theirs.get(name)!r}, is now {ours.get(name)!r}" for name in changed]
@@ -121,8 +125,7 @@ def finished_run(output_dir: Path, steps: int, checkpoint: Path | None) -> Train
     """
     if not (output_dir / "summary.json").exists():
         return None
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
+    summary = _read_json(output_dir / "summary.json")
     if summary["steps"] < steps:
         if checkpoint is None:
             raise ValueError(
@@ -130,7 +133,34 @@ def finished_run(output_dir: Path, steps: int, checkpoint: Path | None) -> Train
                 f"cannot go on to {steps}: start a new run with the saved model as --model"
             )
         return None
-    return TrainResult(output_dir=output_dir, metrics=[json.loads(line) for line in lines], summary=summary)
+    return TrainResult(
+        output_dir=output_dir, metrics=lines_until(output_dir / "metrics.jsonl", math.inf), summary=summary
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Remove it to go on without what it holds") from error
+
+
+def unreadable_note(folder: Path, checkpoint: Path | None) -> list[str]:
+    """A sentence where checkpoints newer than the one that is resumed are there, but are not complete.
+
+    Raises:
+        ValueError: no checkpoint is complete, and the run is not finished: it would begin anew, and lose its log.
+    """
+    unreadable = [path for path in checkpoints.incomplete(folder / "checkpoints") if not path.name.startswith(".")]
+    names = ", ".join(path.name for path in unreadable if checkpoint is None or path.name > checkpoint.name)
+    if not names:
+        return []
+    reason = f"{names} in {folder / 'checkpoints'} cannot be read: files are missing or cut off"
+    if checkpoint is not None:
+        return [f"{reason}. The run goes on from {checkpoint.name}"]
+    if not (folder / "summary.json").exists():
+        raise ValueError(f"{reason}. No other checkpoint is there: begin anew in another output_dir")
+    return [reason]
 
 
 def save_checkpoint(engine: Any, folder: Path, progress: Progress, identity: dict[str, Any], keep: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run writes for its readers: a line per event, TensorBoard, a tracker, and a table at the end.
+"""What a run writes for its readers: a line per event, pictures, TensorBoard, a tracker, and a table at the end.
 
 In: metrics, plain numbers. Out: files in the run's folder, which is locked meanwhile.
 """
@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from selective_pref_adapters.deepspeed_loop.state import LoggedMetrics, Metrics,
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.monitoring import verdict
 from selective_pref_adapters.options import TrainConfig
+from selective_pref_adapters.seeing.pictures import remove_selections_after, write_pairs
+from selective_pref_adapters.seeing.shown import ShownPair
+from selective_pref_adapters.seeing.trackers import can_draw, track_selection
 
 
 class RunLog:
     """`metrics.jsonl` (a line per event, flushed), TensorBoard events, a tracker, `config.yaml` and `run.json`.
 
-    A run that is resumed at `step` keeps the lines up to that step and drops later ones; None starts a new log. Every
-    process holds the same `lines`; only the one with `writes` writes them.
+    A run that is resumed at `step` keeps lines and pictures up to that step and drops later ones; None starts a new
+    log. Every process holds the same `lines`; only the one with `writes` writes them.
 
     Raises:
         OSError: another run is writing to the folder.
@@ -41,7 +45,9 @@ class RunLog:
     def __init__(
         self, folder: Path, config: TrainConfig, identity: dict[str, Any], step: int | None, *, writes: bool
     ) -> None:
-        self.lines = [] if step is None else _lines_until(folder / "metrics.jsonl", step)
+        self.lines = [] if step is None else lines_until(folder / "metrics.jsonl", step)
+        self.writes = writes
+        self._folder = folder
         self._file = self._board = self._tracker = None
         self._lock = -1
         dist.barrier()  # every process has read the old log before the first one changes it
@@ -55,6 +61,7 @@ class RunLog:
             os.close(self._lock)
             raise
         checkpoints.sweep(folder / "checkpoints")
+        remove_selections_after(folder, -1 if step is None else step)
         write_whole(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         write_whole(folder / "run.json", json.dumps(identity, indent=1) + "\n")
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -88,6 +95,12 @@ class RunLog:
         if self._tracker is not None:
             self._tracker.log(named, step=step)
 
+    def write_selection(self, step: int, pairs: Sequence[ShownPair]) -> None:
+        """Keeps the selection of the fixed pairs: files in the run's folder, and images where matplotlib is there."""
+        write_pairs(pairs, self._folder, step)
+        if can_draw():
+            track_selection(pairs, step, board=self._board, tracker=self._tracker)
+
 
 def _started(config: TrainConfig, name: str) -> Any:
     """The tracker's module, with a run begun: W&B and trackio have the same `init`, `log` and `finish`."""
@@ -115,19 +128,24 @@ def _locked(folder: Path) -> int:
     return handle
 
 
-def _lines_until(path: Path, step: int) -> list[LoggedMetrics]:
+def lines_until(path: Path, step: float) -> list[LoggedMetrics]:
     """The lines of a log up to a step, without a last line that was cut short when the run was killed."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    lines: list[LoggedMetrics] = [json.loads(line) for line in whole]
+    lines: list[LoggedMetrics] = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is damaged: {error}. Remove that line to go on without it") from error
     return [line for line in lines if (at := line["step"]) is not None and at <= step]
 
 
-def print_summary(
-    console: Console, config: TrainConfig, output_dir: Path, summary: dict[str, Any], lines: list[LoggedMetrics]
-) -> None:
-    """The evaluation before and after, side by side, and whether the run went the right way."""
+def write_summary(config: TrainConfig, output_dir: Path, summary: dict[str, Any], lines: list[LoggedMetrics]) -> None:
+    """`summary.json`; on the screen the evaluation before and after, and whether the run went the right way."""
+    write_whole(output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    console = Console()
     before, after = summary["before"], summary["after"]
     sizes = f"{summary['steps']} steps, {summary['train_pairs']} pairs, {summary['eval_pairs']} held out"
     table = Table(title=f"{config.objective}: {sizes}")
@@ -138,7 +156,8 @@ def print_summary(
         table.add_row(name.removeprefix("eval_"), *("-" if cell is None else f"{cell:.5g}" for cell in cells))
     if after:
         console.print(table)
-    sentences = [] if config.objective == "sft" else verdict(lines)
+    ratio = config.selection_ratio if config.objective == "selective_dpo" else 1.0
+    sentences = [] if config.objective == "sft" else verdict(lines, selection_ratio=ratio).sentences
     selected = after.get("eval_selection/rewards/margins")
     if config.objective == "selective_dpo" and selected is not None and selected < 0:
         sentences.append(

@@ -82,8 +82,8 @@ def make_order(lengths: Sequence[int], per_step: int, seed: int, by_length: bool
         return [*order[:first], *(index for step in shuffled for index in step), *order[first + whole :]]
 
     def order_of(step: int) -> list[int]:
-        places = range((step - 1) * per_step, step * per_step)
-        return [epoch_order(place // count)[place % count] for place in places]
+        positions = range((step - 1) * per_step, step * per_step)
+        return [epoch_order(position // count)[position % count] for position in positions]
 
     return order_of
 

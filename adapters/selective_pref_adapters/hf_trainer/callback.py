@@ -23,6 +23,7 @@ from selective_pref import PreferenceLoss
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
+    check_references,
     check_resumable,
     check_rows,
     check_schedules,
@@ -30,11 +31,14 @@ from selective_pref_adapters.hf_trainer.checks import (
     datasets_of,
     models_of,
 )
-from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss
+from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
+from selective_pref_adapters.model_checks import check_padding, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule, logged_numbers, selects
-from selective_pref_adapters.references import AdapterOffReference, is_initial_policy
-from selective_pref_adapters.seeing.pictures import write_selection
+from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
+from selective_pref_adapters.seeing.pictures import remove_selections_after
+from selective_pref_adapters.seeing.shown import shown_pairs
+from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw, keep_selection
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
             Evaluations use the end of the schedule: they must be comparable.
         patience: how many logs in a row have to look wrong before a warning.
         picture_pairs: draw the selection of so many pairs, the first of the evaluation set, at each evaluation, into
-            `selection/step-….svg` in the output folder, with the numbers in a `.json` beside it.
+            `selection/step-….svg` in the output folder, with the numbers in a `.json` beside it, and as an image in
+            TensorBoard, W&B and trackio, where the Trainer reports to them.
 
     Attributes:
         warnings: {"step", "kind", "message"} of each warning that was given.
@@ -112,6 +117,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         loss.collect_metrics()
         self._set_step(0)
+        if self.picture_pairs and not can_draw() and trainer.is_world_process_zero():
+            logger.warning("%s", NO_IMAGES)
         trainer.model_accepts_loss_kwargs = False  # the model computes no loss, so it gets no count of items
         # A prediction would have two rows per pair, and the Trainer cuts off the last rows of the gathered ones, which
         # are not those that were repeated.
@@ -119,9 +126,15 @@ class SelectionCallback(TrainerCallback, ExportableState):
         for reference in loss.references.values():
             if isinstance(reference, AdapterOffReference):
                 reference.policy = functools.partial(_runnable, trainer)
+            elif isinstance(reference, RunningReference):
+                reference.start = functools.partial(started_as_policy, trainer)
+                install_fused_head(reference.model, at_first_call=True, share_prefix=collator.share_prefix)
         # `model_init` makes another model at each `train`, which has no fused head: its logits are used.
-        collator.fused_head = trainer.model_init is None and install_fused_head(trainer.model, at_first_call=True)
+        collator.fused_head = trainer.model_init is None and install_fused_head(
+            trainer.model, at_first_call=True, share_prefix=collator.share_prefix
+        )
         models = models_of(trainer)
+        check_padding(collator.tokenizer, models)
         collator.set_max_length(models)
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, models)
@@ -135,10 +148,14 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Restores from a checkpoint what the warnings look back on."""
         if self.trainer is None:  # added to a finished Trainer, or made anew from a checkpoint by it
             self.attach(_calling_trainer())
+        check_references(self.trainer)  # again: parameters may have been frozen, or unfrozen, since
+        check_trainable(self.trainer.model)
         if state.global_step == 0:
             self.warnings, self.history, self._drawn_at = [], {}, -1
         else:
             check_resumable(self.trainer)
+        if self.picture_pairs and state.is_world_process_zero:
+            remove_selections_after(Path(args.output_dir), state.global_step)  # of another run, or one that is resumed
         stored = state.stateful_callbacks.get(type(self).__name__)
         if stored is not None and state.global_step > 0:
             if stored["args"] != self.state()["args"]:
@@ -248,13 +265,13 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if not self.picture_pairs or not sets or self._drawn_at == state.global_step:
             return
         self._drawn_at = state.global_step
-        rows = [sets[0][place] for place in range(min(self.picture_pairs, len(sets[0])))]
+        rows = [sets[0][index] for index in range(min(self.picture_pairs, len(sets[0])))]
         out, places = self._preferences(rows)
         if self.trainer.is_world_process_zero():
             tokenizer = self.trainer.data_collator.tokenizer
             pairs = self.trainer.data_collator.pairs(rows)
             ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-            write_selection(out, ids, places, tokenizer, Path(args.output_dir), state.global_step)
+            keep_selection(self.trainer, shown_pairs(out, ids, tokenizer, places=places))
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
         """The losses of these pairs, and where they came from. Every process runs it: weights may be sharded."""

@@ -15,19 +15,24 @@ from transformers import Trainer
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
 from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
-from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs
-from selective_pref_adapters.models import (
+from selective_pref_adapters.model_checks import (
     check_no_auxiliary_loss,
     check_reloadable,
     check_savable,
-    check_token_ids,
     check_trainable,
-    context_length,
 )
+from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
+from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
 from selective_pref_adapters.objectives import Schedule
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
+
+
+_DROPOUT = (
+    "the policy has dropout, so in training its log-probs differ from the reference's by noise, too, and the selection "
+    "picks tokens by it: call selective_pref_adapters.models.switch_off_dropout(model) before the Trainer is made"
+)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -84,6 +89,8 @@ def check_trainer(trainer: Trainer) -> None:
 def check_policy(trainer: Trainer) -> None:
     """Raises ValueError at a policy that would learn nothing, could not be saved, or lose a part of its loss."""
     check_trainable(trainer.model)
+    if trainer.compute_loss_func.reads_reference and has_dropout(trainer.model):
+        logger.warning("%s", _DROPOUT)
     check_no_auxiliary_loss(trainer.model)
     for note in check_savable(trainer.model, trainer.processing_class):
         logger.warning("%s", note)
@@ -149,13 +156,22 @@ def check_rows(name: str, dataset: Any, collator: PreferenceCollator, models: Ma
     check_token_ids(highest, models, where=f"{name}: ")
     for store in collator.stores.values():
         store.check(pairs)
-    check_inputs(collator, dataset[0], models)
+    check_inputs(collator, [dataset[n] for n in range(min(len(dataset), 4))], models)
 
 
-def check_inputs(collator: PreferenceCollator, row: Any, models: Mapping[str, Any]) -> None:
-    """Raises ValueError where a subclass's batch holds inputs that the policy would read and its reference not."""
+def check_inputs(collator: PreferenceCollator, rows: list[Any], models: Mapping[str, Any]) -> None:
+    """Raises ValueError where a subclass's batch would be read in another way by the policy than by its reference.
+
+    The `Trainer` gives the policy what the batch holds; a reference is given positions, too, where the batch has none.
+    """
     policy, *references = models.values()
-    batch = collator([row])
+    batch = collator(rows)
+    given = inputs_of(policy, batch)
+    if "position_ids" not in batch and "position_ids" in given and not bool((batch["attention_mask"][:, 0] != 0).all()):
+        raise ValueError(
+            "the collator pads on the left, and the policy would count the padding as positions: put position_ids into "
+            "the batch and into batch['labels'] (0 at the first token that is attended to), or pad on the right"
+        )
     if collator.stores:
         check_stored_inputs(policy, batch)
     lacking = [name for name in further_inputs(policy, batch) if name not in batch["labels"]]

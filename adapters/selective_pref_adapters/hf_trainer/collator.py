@@ -19,11 +19,12 @@ from torch import Tensor
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
 from selective_pref_adapters.models import pad_token_id, usable_length
-from selective_pref_adapters.options import PAPER_MAX_LENGTH, Truncation
+from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
 from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
+_SPANS = ("chosen_unscored", "rejected_unscored")
 
 
 class PreferenceLabels(dict[str, Any]):
@@ -62,8 +63,8 @@ def _as_tensor(texts: list[str]) -> Tensor:
 class PreferenceCollator:
     """Pairs → one batch, chosen rows first, padded on the right: ``Trainer(data_collator=PreferenceCollator(tok))``.
 
-    It takes `TokenizedPair`s, dicts with the same four fields (a `datasets.Dataset` of them), or raw rows in TRL's
-    formats, which it tokenises as `tokenize_pairs` does.
+    It takes `TokenizedPair`s, dicts with the same fields (a `datasets.Dataset` of them), or raw rows of any schema that
+    `preference_row` reads, which it tokenises as `tokenize_pairs` does.
 
     Attributes:
         tokenizer: the policy's.
@@ -72,6 +73,8 @@ class PreferenceCollator:
         truncation_mode: of raw rows, as in `tokenize_pairs`.
         ref_store: where stored reference log-probs are looked up; None for a reference that runs beside the policy.
         scoring_ref_store: likewise of a reference that scores tokens (Eq. 6), where it is another than the anchor.
+        share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
+            heads and the models allow it; `off` does not.
         fused_head: whether to ask the model for log-probs instead of logits; `SelectionCallback` sets it.
     """
 
@@ -80,9 +83,12 @@ class PreferenceCollator:
     truncation_mode: Truncation = "keep_start"
     ref_store: ReferenceStore | None = None
     scoring_ref_store: ReferenceStore | None = None
+    share_prefix: SharePrefix = "auto"
     fused_head: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        if self.share_prefix not in ("auto", "off"):
+            raise ValueError(f"share_prefix must be 'auto' or 'off'; got {self.share_prefix!r}")
         for name, store in self.stores.items():
             if not isinstance(store, ReferenceStore):
                 raise TypeError(
@@ -134,7 +140,8 @@ class PreferenceCollator:
             )
         place = str(row.get("place", place))
         if set(_IDS) <= row.keys():
-            return TokenizedPair(**{name: row[name] for name in _IDS}, place=place)
+            spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
+            return TokenizedPair(**{name: row[name] for name in _IDS}, **spans, place=place)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)

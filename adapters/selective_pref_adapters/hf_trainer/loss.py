@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
@@ -194,7 +195,7 @@ class SelectivePreferenceLoss:
         if not finite_everywhere(out.losses):
             mask = labels["completion_mask"][:, 1:] != 0
             if self.non_finite == "raise" or not finite_everywhere(logps.detach().masked_fill(~mask, 0.0)):
-                raise non_finite_error(out, self.where, labels.places)
+                raise non_finite_error(out, self.where if training else f"evaluation at {self.where}", labels.places)
             kept = torch.isfinite(out.losses.detach()).cpu().numpy()
             out = losses_of(kept)
         if self.windows is not None:
@@ -235,7 +236,7 @@ def open_reference(model: nn.Module) -> RunningReference | AdapterOffReference:
     """A loaded model as a reference; a PEFT model that can be trained is the policy, and its adapters are switched off.
 
     The `Trainer` moves and wraps the policy before the first batch, but not a reference: that one goes to the first
-    batch's device, or into a ZeRO-3 engine of its own where the policy is in one.
+    batch's device, and where `SelectionCallback` knows the Trainer, runs as the policy does (see `started_as_policy`).
 
     Raises:
         TypeError: not a loaded model.
@@ -245,18 +246,25 @@ def open_reference(model: nn.Module) -> RunningReference | AdapterOffReference:
         raise TypeError(f"a reference must be a loaded model; got {type(model).__name__} {model!r:.60}")
     if hasattr(model, "disable_adapter") and any(parameter.requires_grad for parameter in model.parameters()):
         return AdapterOffReference(model)
-    return RunningReference(model, start=_started)
+    return RunningReference(model, start=lambda model, device: model.to(device))
 
 
-def _started(model: nn.Module, device: torch.device) -> Any:
-    if not is_deepspeed_zero3_enabled():
-        return model.to(device)
+def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> Any:
+    """A reference made ready as the `Trainer` makes the policy ready: on its device, in its precision, sharded like it.
+
+    Policy and reference must differ by their weights only. Under `bf16=True` the policy runs in autocast, or DeepSpeed
+    casts its weights; a reference that did not would be scored by other numbers.
+    """
+    accelerator = trainer.accelerator
+    if not trainer.is_deepspeed_enabled:
+        return accelerator.prepare_model(model, evaluation_mode=True)
     import deepspeed
 
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3 if is_deepspeed_zero3_enabled() else 0},
+        **{name: settings[name] for name in ("bf16", "fp16", "torch_autocast") if name in settings},
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine

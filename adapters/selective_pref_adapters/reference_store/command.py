@@ -1,7 +1,7 @@
-"""`selective-pref score`: reference log-probs of a file of pairs into a store, and what else a store needs.
+"""`selective-pref score`: reference log-probs of a file of pairs into a store, or counts, checks, tidies up a store.
 
 In: a `ScoreConfig`. Out: rows in a store, and a few lines that say what was done. Under torchrun each process loads the
-reference and scores its share of the rows.
+reference and computes its share of the rows.
 """
 
 from __future__ import annotations
@@ -23,24 +23,21 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref_adapters.models import context_length, load_model, load_tokenizer, pad_token_id
-from selective_pref_adapters.options import PAPER_MAX_LENGTH, ScoreConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, read_rows, tokenize_pairs
-from selective_pref_adapters.reference_store.fill import (
-    Comparison,
-    Scorer,
-    ScoringReport,
-    compare_rows,
-    fill_rows,
-    local_scores,
-)
+from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.models import load_config, load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.options import ScoreConfig
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns, read_rows, tokenize_pairs
+from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
 from selective_pref_adapters.reference_store.identity import reference_space
-from selective_pref_adapters.reference_store.shards import writing
+from selective_pref_adapters.reference_store.local import local_logps
+from selective_pref_adapters.reference_store.prune import prune
+from selective_pref_adapters.reference_store.rows import LogpSource, different_rows, rows_of_pairs
+from selective_pref_adapters.reference_store.shards import StoreError, writing
 from selective_pref_adapters.reference_store.spaces import empty_spaces, note_filling, read_spaces, remove_empty_spaces
-from selective_pref_adapters.reference_store.store import ReferenceStore, StoreError, prune, rows_of_pairs
+from selective_pref_adapters.reference_store.store import ReferenceStore
 
 
-def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
+def score(config: ScoreConfig) -> FillReport | Comparison | None:
     """Does what the configuration says, and prints what came of it.
 
     Returns:
@@ -61,25 +58,25 @@ def score(config: ScoreConfig) -> ScoringReport | Comparison | None:
         prune_spaces(config, Console())
         return None
     rank = process_rank()
-    store, scorer, tokenizer, context = served_reference(config) if config.url else local_reference(config)
+    store, source, tokenizer, model = served_reference(config) if config.url else local_reference(config)
     policy_tokenizer = tokenizer if config.tokenizer is None else load_tokenizer(config.tokenizer)
     check_same_tokenizer(policy_tokenizer, tokenizer)
-    pairs, notes = load_pairs(config, policy_tokenizer, context, progress=rank == 0)
+    pairs, notes = load_pairs(config, policy_tokenizer, model, progress=rank == 0)
     if rank == 0:
         for note in notes:
             console.print(f"[yellow]note:[/yellow] {note}", soft_wrap=True)
     if config.verify:
-        return verify(config, store, pairs, scorer)
+        return verify(config, store, pairs, source)
     rows = rows_of_pairs(pairs)
     if config.url is not None:
-        from selective_pref_adapters.reference_store.served import steady
+        from selective_pref_adapters.reference_store.served.fill import compared_first
 
-        scorer = steady(store, rows, scorer, tell=partial(tqdm.write, file=sys.stderr))  # above the bar
-    report = fill_rows(store, rows, scorer, flush_seconds=config.flush_seconds)
+        source = compared_first(store, rows, source, tell=partial(tqdm.write, file=sys.stderr))  # above the bar
+    report = fill_rows(store, rows, source, flush_seconds=config.flush_seconds)
     if rank == 0:
-        if report.scored:
+        if report.computed:
             with writing(store.folder):
-                note_filling(store.folder, max_length_in_force(config, context), config.truncation_mode)
+                note_filling(store.folder, length_in_force(config, model), config.truncation_mode)
         print_report(Console(), config, store, len(pairs), report)
     return report
 
@@ -100,7 +97,7 @@ def check_config(config: ScoreConfig) -> None:
                 raise ValueError(f"give --{name.replace('_', '-')} (or --stat or --prune alone)")
         if config.url is not None and config.revision is None:
             raise ValueError(
-                "nobody can see from here which weights a server has: give --revision, any name that you change "
+                "which weights a server has cannot be read over HTTP: give --revision, any name that you change "
                 "whenever they change"
             )
         if config.url is not None and config.tokenizer is None and not Path(str(config.ref_model)).is_dir():
@@ -114,28 +111,25 @@ def check_config(config: ScoreConfig) -> None:
 
 # --- references ------------------------------------------------------------------------------------------------------
 
-Reference = tuple[ReferenceStore, Scorer, Any, int | None]
-"""(its space of the store, how it is asked, its tokenizer, how many tokens it can read)."""
+Reference = tuple[ReferenceStore, LogpSource, Any, torch.nn.Module | None]
+"""(its space of the store, how it is asked, its tokenizer, the model where it is on this process)."""
 
 
 def local_reference(config: ScoreConfig) -> Reference:
     """The model of `ref_model` on this process's device."""
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
-    model = load_frozen(config, name)
+    model = load_model(name, dtype=config.dtype, attention=config.attention).to(_device()).eval().requires_grad_(False)
+    check_padding(tokenizer, {"reference": model})
     label = Path(name).name if Path(name).exists() else name
     store = ReferenceStore.create(config.store, reference_space(model, tokenizer, label=label))
-    scorer = partial(local_scores, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)
-    return store, scorer, tokenizer, context_length(model)
+    source = partial(local_logps, model=model, pad_token_id=pad_token_id(tokenizer), batch_tokens=config.batch_tokens)
+    return store, source, tokenizer, model
 
 
 def served_reference(config: ScoreConfig) -> Reference:
     """The model that `url` serves under the name `ref_model`."""
-    from selective_pref_adapters.reference_store.served import (  # needs an HTTP client
-        Server,
-        served_scorer,
-        served_space,
-    )
+    from selective_pref_adapters.reference_store.served import Server, served_logps, served_space  # an HTTP client
 
     headers = {} if config.api_key_variable is None else {"Authorization": f"Bearer {api_key(config.api_key_variable)}"}
     server = Server(
@@ -151,12 +145,12 @@ def served_reference(config: ScoreConfig) -> Reference:
     tokenizer = load_tokenizer(config.tokenizer or str(config.ref_model))
     space = served_space(server.model, str(config.revision), tokenizer)
     store = ReferenceStore.create(config.store, space)
-    return store, served_scorer(server, tokenizer), tokenizer, None
+    return store, partial(served_logps, server=server, tokenizer=tokenizer), tokenizer, None
 
 
 def api_key(variable: str) -> str:
-    """The key that an environment variable holds. No error shows it, also where it stands in the variable's place."""
-    from selective_pref_adapters.reference_store.server import sendable
+    """The key that an environment variable holds. No error shows it, even if it was given in place of the name."""
+    from selective_pref_adapters.reference_store.served.server import sendable
 
     named = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "that --api-key-variable names"
     if variable not in os.environ:
@@ -167,12 +161,6 @@ def api_key(variable: str) -> str:
     return key
 
 
-def load_frozen(config: ScoreConfig, name: str) -> torch.nn.Module:
-    """A causal LM from a folder or hub id, frozen, on this process's device."""
-    model = load_model(name, dtype=config.dtype, attention=config.attention)
-    return model.to(_device()).eval().requires_grad_(False)
-
-
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -180,9 +168,9 @@ def _device() -> torch.device:
 
 
 def process_rank() -> int:
-    """This process's rank; under torchrun, of a process group that only counts and waits.
+    """This process's rank; under torchrun, of a process group for sums of counts alone.
 
-    The group stays until the process ends: a second one would not find its way past the first one's traces.
+    The group stays until the process ends, so that a second call in this process finds it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
@@ -194,88 +182,82 @@ def process_rank() -> int:
 
 
 def load_pairs(
-    config: ScoreConfig, tokenizer: Any, context: int | None, *, progress: bool = True
+    config: ScoreConfig, tokenizer: Any, model: Any, *, progress: bool = True
 ) -> tuple[list[TokenizedPair], list[str]]:
     """(the pairs as token ids, what a reader should know about them)."""
-    if config.max_length is not None and context is not None and config.max_length > context:
-        raise ValueError(
-            f"max_length {config.max_length} is longer than the reference can read ({context} tokens): give "
-            f"--max-length {context} or less, the same in training"
-        )
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
-    rows = read_rows(str(config.pairs), malformed)
+    notes: list[str] = []
+    rows = read_rows(str(config.pairs), malformed, columns=parse_columns(config.columns), notes=notes)
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
-        max_length=max_length_in_force(config, context),
+        max_length=length_in_force(config, model),
         truncation_mode=config.truncation_mode,
-        keep_unteachable=True,  # who trains on them looks for them
+        keep_unteachable=True,  # whatever a training run leaves out, its rows are found
+        malformed=malformed,
         progress=progress,
     )
-    notes = report.lines()
+    notes += report.lines()
     if malformed:
         notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
     return pairs, notes
 
 
-def max_length_in_force(config: ScoreConfig, context: int | None) -> int:
-    """How many tokens of a row are kept: as configured, else what the reference can read, at most 4096."""
-    return config.max_length or min(PAPER_MAX_LENGTH, context or PAPER_MAX_LENGTH)
+def length_in_force(config: ScoreConfig, model: Any) -> int:
+    """How many tokens of a row are kept: as configured, else what reference and policy can read, as in training.
+
+    The policy is known by `config.tokenizer`, where that names a model.
+    """
+    policy = None if config.tokenizer is None else load_config(config.tokenizer)
+    models = {"reference": model, "policy": policy}
+    return usable_length(config.max_length, {name: model for name, model in models.items() if model is not None})
 
 
 def _pairs_without_reference(config: ScoreConfig) -> tuple[list[TokenizedPair] | None, str]:
     """(the pairs where no model is loaded, None where none are named; how they were cut)."""
     if config.pairs is None:
         return None, ""
-    name = config.tokenizer or str(config.ref_model)
-    context = config.max_length
-    if context is None and config.ref_model is not None and Path(config.ref_model).is_dir():
-        from transformers import AutoConfig
-
-        context = context_length(AutoConfig.from_pretrained(config.ref_model))
-    cut = f"max_length {max_length_in_force(config, context)} ({config.truncation_mode})"
-    return load_pairs(config, load_tokenizer(name), context)[0], cut
+    local = config.max_length is None and config.ref_model is not None and Path(config.ref_model).is_dir()
+    model = load_config(str(config.ref_model)) if local else None
+    cut = f"max_length {length_in_force(config, model)} ({config.truncation_mode})"
+    return load_pairs(config, load_tokenizer(config.tokenizer or str(config.ref_model)), model)[0], cut
 
 
-# --- what a reader sees ----------------------------------------------------------------------------------------------
+# --- what is printed -------------------------------------------------------------------------------------------------
 
 
-def print_report(
-    console: Console, config: ScoreConfig, store: ReferenceStore, pairs: int, report: ScoringReport
-) -> None:
+def print_report(console: Console, config: ScoreConfig, store: ReferenceStore, pairs: int, report: FillReport) -> None:
     """What filling took."""
-    speed = f", {report.tokens / report.seconds:,.0f} tokens a second" if report.scored else ""
+    speed = f", {report.tokens / report.seconds:,.0f} tokens a second" if report.computed else ""
     console.print(
-        f"{pairs} pairs, {report.rows} different rows: {report.hits} were stored, {report.scored} scored in "
+        f"{pairs} pairs, {report.rows} different rows: {report.hits} were stored, {report.computed} computed in "
         f"{report.seconds:.1f} s with {report.forward_passes} calls of the reference{speed}",
         soft_wrap=True,
     )
     console.print(f"store: {config.store}, space {store.space.name} ({store.space.label})", soft_wrap=True)
 
 
-def verify(config: ScoreConfig, store: ReferenceStore, pairs: Sequence[TokenizedPair], scorer: Scorer) -> Comparison:
-    """Scores a sample again. Raises ValueError where it differs by more than it may."""
+def verify(
+    config: ScoreConfig, store: ReferenceStore, pairs: Sequence[TokenizedPair], source: LogpSource
+) -> Comparison:
+    """Computes a sample again. Raises ValueError where it differs by more than it may."""
     tolerance = config.verify_tolerance
     if tolerance is None:
         tolerance = 1e-3 if config.dtype == "float32" and config.url is None else 0.5
-    seen = compare_rows(store, rows_of_pairs(pairs), scorer, sample=config.verify_rows, seed=config.verify_seed)
+    seen = compare_rows(store, rows_of_pairs(pairs), source, sample=config.verify_rows, seed=config.verify_seed)
     summary = (
-        f"{seen.rows} stored rows scored again: {seen.identical} equal bit by bit, largest difference "
+        f"{seen.rows} stored rows computed again: {seen.identical} equal bit by bit, largest difference "
         f"{seen.max_difference:.3g} nats, mean {seen.mean_difference:.3g}"
     )
     if seen.max_difference > tolerance:
         raise StoreError(
             f"{summary}, most at {seen.worst}: more than {tolerance:g}. These rows were not given by this reference: "
-            f"remove {store.folder} and score again"
+            f"remove {store.folder} and run `selective-pref score` again"
         )
     if config.url is not None and config.verify_tolerance is None:
-        from selective_pref_adapters.reference_store.served import DRIFT
+        from selective_pref_adapters.reference_store.served.fill import check_drift
 
-        if seen.mean_difference > DRIFT:
-            raise StoreError(
-                f"{summary}, more than {DRIFT} in the mean: another model is served there now, or the same in another "
-                "dtype. Give it another --revision"
-            )
+        check_drift(seen, store.space.label)
     Console().print(summary, soft_wrap=True)
     return seen
 
@@ -295,7 +277,7 @@ def show_stat(config: ScoreConfig, console: Console) -> None:
             cells = [name[:8], store.space.label, f"{stat.rows}", f"{stat.values}", f"{stat.bytes / 1e6:.1f}"]
             cells += [f"{stat.shards}", f"{len(stat.damaged)}"]
             if pairs is not None:
-                rows = {row.key: row for row in rows_of_pairs(pairs) if row.values}
+                rows = different_rows(rows_of_pairs(pairs))
                 lacking = store.missing_rows(rows.values())
                 cells.append(f"{len(lacking)} of {len(rows)}")
                 if lacking:
@@ -325,11 +307,11 @@ def prune_spaces(config: ScoreConfig, console: Console) -> None:
     names, unusable = _names_of_spaces(config)
     for name in names:
         with ReferenceStore.open(config.store, name) as store:
-            done = prune(store, None if pairs is None else rows_of_pairs(pairs))
+            before, after = prune(store, None if pairs is None else rows_of_pairs(pairs))
             console.print(
-                f"{name[:8]} ({store.space.label}): {done.rows} rows kept, {done.removed_rows} removed; "
-                f"{done.bytes_before / 1e6:.1f} MB in {done.shards_before} shards before, {done.bytes / 1e6:.1f} MB in "
-                f"{done.shards} now",
+                f"{name[:8]} ({store.space.label}): {after.rows} rows kept, {before.rows - after.rows} removed; "
+                f"{before.bytes / 1e6:.1f} MB in {before.shards} shards before, {after.bytes / 1e6:.1f} MB in "
+                f"{after.shards} now",
                 soft_wrap=True,
             )
     for name, reason in unusable.items():

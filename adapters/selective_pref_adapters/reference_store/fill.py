@@ -1,8 +1,9 @@
-"""Who fills the store of reference log-probs: a local model here, a served one in `served.py`.
+"""Fills the store: asks a reference for the log-probs of the rows that are lacking, and writes them.
 
-In: a reference, and pairs as token ids. Out: rows in a `ReferenceStore`, and a report of what was scored and what was
+In: a reference, and pairs as token ids. Out: rows in a `ReferenceStore`, and a report of what was computed and what was
 there already. A reference is asked for each row once, whatever the runs that read it later do; where several processes
-fill a store together, each asks its own copy for its own share.
+fill a store together, each asks its own copy for its own share. A model on this process is asked by `local`, a server
+by `served`.
 
     store = ReferenceStore.create(path, reference_space(model, tokenizer))
     fill_store(store, pairs, model, pad_token_id=tokenizer.pad_token_id)
@@ -12,55 +13,41 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from selective_pref import NonFiniteError
-from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.models import context_length
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.identity import model_identity
-from selective_pref_adapters.reference_store.store import (
-    FLUSH_SECONDS,
-    ReferenceStore,
-    Row,
-    StoreError,
-    rows_of_pairs,
-)
-
-Scored: TypeAlias = list[tuple[Row, np.ndarray]]
-"""What one call of a reference gives: rows, each with float32 log-probs of its completion tokens."""
-Scorer: TypeAlias = Callable[[Sequence[Row]], Iterable[Scored]]
-"""A reference as `fill_rows` asks it: all rows that are lacking, the longest first, in; calls' results, in any order,
-out."""
-
-BATCH_TOKENS = 16384
+from selective_pref_adapters.reference_store.local import BATCH_TOKENS, local_logps
+from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, different_rows, rows_of_pairs
+from selective_pref_adapters.reference_store.shards import StoreError
+from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.reference_store.writer import FLUSH_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringReport:
+class FillReport:
     """What filling a store took, over all processes.
 
     Attributes:
         rows: different rows (sides of pairs) that were asked for.
         hits: those that were stored already.
-        scored: those that were scored now.
-        forward_passes: calls of the model, or requests that were answered.
-        tokens: token positions of the rows that were scored.
+        computed: those whose log-probs were computed now.
+        forward_passes: batches that the model was given, or requests that were answered.
+        tokens: token positions of the rows that were computed.
         seconds: wall time of all of it, on this process.
     """
 
     rows: int
     hits: int
-    scored: int
+    computed: int
     forward_passes: int
     tokens: int
     seconds: float
@@ -74,7 +61,7 @@ class Comparison:
         rows: how many were compared.
         identical: how many are equal bit by bit.
         max_difference, mean_difference: of their log-probs, in nats.
-        worst: the place of the row with the largest difference.
+        worst: where the row with the largest difference came from.
     """
 
     rows: int
@@ -82,9 +69,6 @@ class Comparison:
     max_difference: float
     mean_difference: float
     worst: str
-
-
-# --- filling ---------------------------------------------------------------------------------------------------------
 
 
 def fill_store(
@@ -95,15 +79,16 @@ def fill_store(
     pad_token_id: int,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
-) -> ScoringReport:
-    """Scores the rows of `pairs` that the store lacks, and stores them; the others cost nothing.
+) -> FillReport:
+    """Computes the log-probs of those rows of `pairs` that the store lacks, and stores them; the others cost nothing.
 
     The model is in evaluation mode and outside of autocast meanwhile, and every random state is afterwards as it was
-    before. On a CPU each row is a batch of its own, so that its log-probs depend on the row alone; on a GPU rows of
-    like length share a batch. A reference that runs beside the policy reads batches of other shapes, whose log-probs
-    differ in their last digits: `objectives.without_rounding` makes ties of such differences.
+    before. On a CPU each row is computed by itself, so that its log-probs depend on the row alone, and a prompt once
+    for all rows that begin with it. On a GPU rows of like length share a batch, and rows with the same prompt do. A
+    reference that runs beside the policy reads batches of other shapes, whose log-probs differ in their last digits:
+    `objectives.without_rounding` makes ties of such differences.
 
-    With an initialised process group every process must call this with the same pairs; each scores its share, and all
+    With an initialised process group every process must call this with the same pairs; each computes its share, and all
     of them wait for the last and find all rows.
 
     Args:
@@ -116,50 +101,49 @@ def fill_store(
 
     Raises:
         StoreError: the model is not the one that the store's space names, or cannot read a row.
-        NonFiniteError: the model gave NaN or an infinity; names the row. What was scored before is stored.
+        NonFiniteError: the model gave NaN or an infinity; names the row. What was computed before is stored.
         StoreWriteError: a shard could not be written. What was written before is stored.
     """
 
-    def score(rows: Sequence[Row]) -> Iterator[Scored]:
+    def logps(rows: Sequence[Row]) -> Iterator[RowLogps]:
         _check_identity(store, model)
-        yield from local_scores(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
+        yield from local_logps(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
 
-    return fill_rows(store, rows_of_pairs(pairs), score, progress=progress)
+    return fill_rows(store, rows_of_pairs(pairs), logps, progress=progress)
 
 
 def fill_rows(
     store: ReferenceStore,
     rows: Iterable[Row],
-    scorer: Scorer,
+    source: LogpSource,
     *,
     flush_seconds: float = FLUSH_SECONDS,
     progress: bool = True,
-) -> ScoringReport:
-    """Asks `scorer` for the rows that the store lacks, and stores what it gives: `fill_store` for any reference.
+) -> FillReport:
+    """Asks `source` for the rows that the store lacks, and stores what it gives: `fill_store` for any reference.
 
     Args:
         store: where to.
         rows: what is wanted; the same on every process.
-        scorer: the reference.
-        flush_seconds: what was scored is written at least this often.
+        source: the reference.
+        flush_seconds: what was computed is written at least this often.
         progress: show a bar with an estimate of the time left.
 
     Raises:
-        StoreError: another process failed, or does not share the folder; and whatever the scorer raises. What was
-            scored before is stored.
+        StoreError: another process failed, or does not share the folder; and whatever the source raises. What was
+            computed before is stored.
     """
     started = time.monotonic()
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    unique = {row.key: row for row in rows if row.values}
     # The longest first: what does not fit fails at once. Dealt in this order, shares are alike.
-    ordered = sorted(unique.values(), key=lambda row: (-len(row.ids), row.key))
+    ordered = sorted(different_rows(rows).values(), key=lambda row: (-len(row.ids), row.key))
     share = ordered[rank::world]
     lacking = store.missing_rows(share)
     calls, failure = 0, None
     bar = tqdm(
         total=sum(len(row.ids) for row in lacking),
-        desc="scoring" if world == 1 else f"scoring, process 1 of {world}",
+        desc="log-probs" if world == 1 else f"log-probs, process 1 of {world}",
         unit="tok",
         unit_scale=True,
         disable=not progress or rank > 0 or not lacking,
@@ -167,12 +151,12 @@ def fill_rows(
     try:
         if lacking:
             with bar, store.writer(flush_seconds=flush_seconds) as writer:
-                for scored in scorer(lacking):
-                    for row, values in scored:
+                for computed in source(lacking):
+                    for row, values in computed:
                         check_finite(row, values)
                         writer.add(row, values)
                     calls += 1
-                    bar.update(sum(len(row.ids) for row, _ in scored))
+                    bar.update(sum(len(row.ids) for row, _ in computed))
     except Exception as error:
         if world == 1:
             raise
@@ -182,30 +166,35 @@ def fill_rows(
     if failure is not None:
         raise failure
     if totals[-1]:
-        raise StoreError(f"scoring failed on {totals[-1]} other processes; see their messages. What was scored is kept")
+        raise StoreError(
+            f"computing log-probs failed on {totals[-1]} other processes: see their messages. What was computed before "
+            "is stored"
+        )
     still = store.missing_rows(ordered)
     if still:
         raise StoreError(
-            f"{len(still)} of {len(ordered)} rows are not in {store.folder} after scoring (the first: "
+            f"{len(still)} of {len(ordered)} rows are not in {store.folder} after all were computed (the first: "
             f"{still[0].place}). Do all processes have the same pairs, and the same folder?"
         )
-    return ScoringReport(
+    return FillReport(
         rows=len(ordered),
         hits=totals[0],
-        scored=totals[1],
+        computed=totals[1],
         forward_passes=totals[2],
         tokens=totals[3],
         seconds=time.monotonic() - started,
     )
 
 
-def compare_rows(store: ReferenceStore, rows: Iterable[Row], scorer: Scorer, *, sample: int, seed: int) -> Comparison:
-    """Asks `scorer` again for a random sample of those `rows` that are stored, and compares. Stores nothing.
+def compare_rows(
+    store: ReferenceStore, rows: Iterable[Row], source: LogpSource, *, sample: int, seed: int
+) -> Comparison:
+    """Asks `source` again for a random sample of those `rows` that are stored, and compares. Stores nothing.
 
     Raises:
         StoreError: none of the rows is stored.
     """
-    unique = {row.key: row for row in rows if row.values}
+    unique = different_rows(rows)
     lacking = {row.key for row in store.missing_rows(unique.values())}
     stored = sorted((row for key, row in unique.items() if key not in lacking), key=lambda row: row.key)
     if not stored:
@@ -214,8 +203,8 @@ def compare_rows(store: ReferenceStore, rows: Iterable[Row], scorer: Scorer, *, 
     drawn.sort(key=lambda row: len(row.ids), reverse=True)
     differences: list[np.ndarray] = []
     worst, worst_place, identical = -1.0, "", 0
-    for scored in scorer(drawn):
-        for row, values in scored:
+    for computed in source(drawn):
+        for row, values in computed:
             check_finite(row, values)
             (old,) = store.values_of([row])
             if old is None:
@@ -241,7 +230,7 @@ def check_finite(row: Row, values: np.ndarray) -> None:
         at = np.flatnonzero(row.mask[1:])[bad[0]] + 1
         raise NonFiniteError(
             f"{row.place}: the reference gives {values[bad[0]]} to token {at} (id {row.ids[at]}); {len(bad)} of "
-            f"{len(values)} log-probs of this row are not finite. It is not stored; what was scored before is"
+            f"{len(values)} log-probs of this row are not finite. It is not stored; what was computed before is"
         )
 
 
@@ -257,95 +246,9 @@ def _check_identity(store: ReferenceStore, model: nn.Module) -> None:
 
 
 def _sums(counts: Sequence[int]) -> list[int]:
-    """Of every count, over all processes; one message, so that nobody waits for a process that failed."""
+    """The sum of each count over all processes. A process that failed counts, too, so that no other waits for it."""
     if not (dist.is_available() and dist.is_initialized()):
         return list(counts)
     total = torch.tensor(counts, dtype=torch.int64, device="cpu" if "gloo" in dist.get_backend() else "cuda")
     dist.all_reduce(total)
     return total.tolist()
-
-
-# --- a local model ---------------------------------------------------------------------------------------------------
-
-
-def local_scores(
-    rows: Sequence[Row], model: nn.Module, *, pad_token_id: int, batch_tokens: int = BATCH_TOKENS
-) -> Iterator[Scored]:
-    """The log-probs that a model on this process gives to rows: a `Scorer`, once its options are bound.
-
-    Raises:
-        StoreError: a row is longer than the model can read, or holds ids that it does not have; before any is scored.
-    """
-    _check_readable(rows, model)
-    with _as_before(model):
-        install_fused_head(model)
-    device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-    for group in _groups(ordered, batch_tokens if device.type == "cuda" else 1):
-        with _as_before(model), torch.autocast(device.type, enabled=False):
-            logps = frozen_per_token_logps(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
-        yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=True)]
-
-
-def _check_readable(rows: Sequence[Row], model: Any) -> None:
-    """Raises StoreError for the first row that the model cannot read."""
-    context = context_length(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for row in rows:
-        if context is not None and len(row.ids) > context:
-            raise StoreError(
-                f"{row.place}: {len(row.ids)} tokens are more than the reference can read ({context}): truncate the "
-                f"pairs to what both models can read (max_length {context} or less), the same for scoring and for "
-                "training"
-            )
-        if int(row.ids.max()) >= vocabulary or int(row.ids.min()) < 0:
-            raise StoreError(
-                f"{row.place}: token id {int(row.ids.max())} is outside the reference's vocabulary of {vocabulary}: "
-                "tokenizer and reference do not belong together"
-            )
-
-
-def _groups(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Consecutive rows, the longest first, whose padded batch has at most `batch_tokens` positions (or one row)."""
-    group: list[Row] = []
-    for row in rows:
-        if group and (len(group) + 1) * len(group[0].ids) > batch_tokens:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-def _collate(rows: Sequence[Row], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Rows as a batch, padded on the right."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "completion_mask": torch.zeros(shape, dtype=torch.int64),
-    }
-    for number, row in enumerate(rows):
-        batch["input_ids"][number, : len(row.ids)] = torch.from_numpy(row.ids)
-        batch["attention_mask"][number, : len(row.ids)] = 1
-        batch["completion_mask"][number, : len(row.ids)] = torch.from_numpy(row.mask)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's mode and every random state is what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

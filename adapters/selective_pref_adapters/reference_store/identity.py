@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import Tokenizer
 from selective_pref_adapters.reference_store.shards import StoreError
-from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, own_vocabulary, vocabulary_digest
+from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, vocabulary_digest
 
-SCORING_VERSION = 1
+LOGPS_VERSION = 1
 """Part of every reference's identity: raised whenever a change of this code changes the numbers it gives."""
 
 _DECIDES_NOTHING = (
@@ -34,7 +35,7 @@ def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "ref
     found by the bare model, too.
 
     Args:
-        model: a causal LM, or a PEFT model around one with its adapters on or off as they will be while it scores;
+        model: a causal LM, or a PEFT model around one with its adapters on or off as they will be while it is asked;
             whole on this process, not sharded.
         tokenizer: the reference's own.
         label: what people call it; decides nothing.
@@ -60,7 +61,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     weights, adapter = _digests_of_weights(model)
     return {
         "kind": "local model",
-        "scoring_version": SCORING_VERSION,
+        "scoring_version": LOGPS_VERSION,
         "architecture": type(causal).__name__,
         "config": digest_of_json(config),
         "weights": weights,

@@ -1,9 +1,9 @@
-"""One file of reference log-probs: how rows become bytes on disk, and which bytes are believed.
+"""One file of reference log-probs: how rows become bytes on disk, and how damage to them is found.
 
 In: rows as (key → float32 values). Out: a safetensors file whose name is the digest of its header and index, and whose
-rows each have a checksum. A file is there whole or not at all, is never changed, and nothing of it is handed out that
-does not fit its checksum. Values are read from the file row by row, not mapped: a file that shrinks under a reader
-costs it that row, not its life.
+rows each have a checksum. A file is there whole or not at all, is never changed, and values that do not fit their
+checksum are not returned. Values are read from the file row by row, not mapped into memory: if another process
+truncates the file, that row is lost, and the reading process is not killed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StoreError(ValueError):
 
 
 class DamagedStoreError(StoreError):
-    """A manifest or vocabulary that is gone or damaged; scoring with the same reference writes it again."""
+    """A manifest or vocabulary that is gone or damaged; filling with the same reference writes it again."""
 
 
 class StoreWriteError(OSError):
@@ -48,7 +48,7 @@ class StoreWriteError(OSError):
 
 
 class DamageError(Exception):
-    """A shard that is not believed; the message is the reason."""
+    """A shard that cannot be used; the message is the reason."""
 
 
 class OtherFormatError(DamageError):
@@ -125,7 +125,7 @@ class Shard:
 
 
 def _pread(file: Any, size: int, start: int) -> bytes:
-    """`size` bytes from `start` on; fewer only where the file ends. Moves no position: forks may share the file."""
+    """`size` bytes from `start` on; fewer only where the file ends. Leaves the position: forks may share the file."""
     parts: list[bytes] = []
     while size > 0 and (part := os.pread(file.fileno(), size, start)):
         parts.append(part)
@@ -172,7 +172,9 @@ def shard_bytes(rows: Mapping[bytes, bytes], space: str) -> tuple[str, bytes]:
         "checksums": np.frombuffer(checksums, dtype=np.uint8).reshape(-1, _CHECK_BYTES),
         "values": np.frombuffer(b"".join(rows.values()), dtype="<f4"),
     }
-    about = json.dumps({"format": FORMAT, "space": space})  # one entry: their order would be left to chance
+    about = json.dumps(
+        {"format": FORMAT, "space": space}
+    )  # one entry, because safetensors writes several in an undefined order
     data = save(tensors, metadata={_ABOUT: about})
     start = 8 + int.from_bytes(data[:8], "little")
     spans = [_span(_header(data[:start]), name) for name in _INDEX]
@@ -192,7 +194,7 @@ def check_writable(folder: Path) -> None:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a file was written aside and is old enough to have no writer any more."""
+    """Whether a file was written aside and is so old that its writer must have ended."""
     try:
         aside = path.name.startswith(".") and path.suffix == ".tmp"
         return aside and time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS

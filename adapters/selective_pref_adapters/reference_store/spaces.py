@@ -2,7 +2,7 @@
 
 In: a reference's identity (names and values that decide the numbers it gives) and its tokenizer's vocabulary. Out: a
 `Space`, and its folder's `manifest.json` and `vocabulary.json.gz`. The folder's name is the digest of the identity, the
-identity names the digest of the vocabulary: what does not fit is not believed. A space is made with its first row; a
+identity names the digest of the vocabulary: both are compared when they are read. A space is made with its first row; a
 folder without rows, as an interrupted run may leave it, counts as none.
 """
 
@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.reference_store.shards import FORMAT, SUFFIX, DamagedStoreError, StoreError, is_abandoned
+from selective_pref_adapters.reference_store.shards import (
+    FORMAT,
+    SUFFIX,
+    DamagedStoreError,
+    StoreError,
+    is_abandoned,
+    writing,
+)
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json.gz"
@@ -34,7 +41,7 @@ class Space:
     """The identity of a reference: whatever decides the numbers that it gives. Two equal spaces share their rows.
 
     Attributes:
-        identity: names and values that decide, as JSON holds them; see `scoring.reference_space`.
+        identity: names and values that decide, as JSON holds them; see `identity.reference_space`.
         vocabulary: token → id of the reference's tokenizer; None for a space that was read from disk (the store
             reads it where it is needed).
         label: what people call the reference; decides nothing.
@@ -57,19 +64,6 @@ class Space:
 def space_name(identity: Mapping[str, Any], version: int) -> str:
     """The digest of an identity and of the format it is stored in: 32 hexadecimal digits."""
     return digest_of_json([version, identity])
-
-
-def own_vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Token → id of a tokenizer, without a pad token that it was given behind all others.
-
-    No row that is scored holds it, so a reference is the same one with it and without.
-    """
-    vocabulary = dict(tokenizer.get_vocab())
-    pad = getattr(tokenizer, "pad_token", None)
-    others = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token")]
-    if pad in vocabulary and pad not in others and vocabulary[pad] == max(vocabulary.values()):
-        del vocabulary[pad]
-    return vocabulary
 
 
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
@@ -111,7 +105,7 @@ def holds_rows(folder: Path) -> bool:
 
 
 def empty_spaces(path: Path) -> list[Path]:
-    """The folders of a store that name a reference and hold no row of it, nor anything else that somebody may miss."""
+    """The folders of a store that name a reference and hold no row of it, nor any file of another kind."""
     return [folder for folder in sorted(path.iterdir()) if _is_empty(folder)]
 
 
@@ -137,20 +131,29 @@ def _is_empty(folder: Path) -> bool:
     return all(file.name in (FILLINGS, VOCABULARY, MANIFEST) or is_abandoned(file) for file in folder.iterdir())
 
 
-def write_space(folder: Path, space: Space) -> None:
-    """Makes the two files of a space; the manifest last, so that it never stands beside a vocabulary that is not whole.
+def write_identity(folder: Path, space: Space) -> None:
+    """Makes a space's folder and its two files, unless they are there and whole.
+
+    The manifest is written last, so that where it exists the vocabulary is whole.
 
     Raises:
-        OSError: they cannot be written.
+        StoreWriteError: they cannot be written.
     """
-    tokens = json.dumps(space.vocabulary, sort_keys=True).encode("ascii")
-    write_whole(folder / VOCABULARY, gzip.compress(tokens, mtime=0))
-    manifest = {"format": FORMAT, "label": space.label, "identity": space.identity}
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode("ascii"))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            read_vocabulary(folder, read_manifest(folder))
+        except DamagedStoreError:
+            if space.vocabulary is None:
+                raise
+            tokens = json.dumps(space.vocabulary, sort_keys=True).encode("ascii")
+            write_whole(folder / VOCABULARY, gzip.compress(tokens, mtime=0))
+            manifest = {"format": FORMAT, "label": space.label, "identity": space.identity}
+            write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode("ascii"))
 
 
 def note_filling(folder: Path, max_length: int, truncation_mode: str) -> None:
-    """Notes how the rows that were scored into a space were cut, so that an error about a lacking row can say it.
+    """Notes how the rows of a space were cut when it was filled, so that an error about a lacking row can say it.
 
     Raises:
         OSError: it cannot be written.
@@ -189,7 +192,7 @@ def read_manifest(folder: Path) -> Space:
     if version != FORMAT:
         raise StoreError(
             f"{folder} is of format {version}; this version of selective-pref reads {FORMAT}: use the version that "
-            "wrote it, or score again into this store, which keeps both apart"
+            "wrote it, or run `selective-pref score` into this store, which keeps both apart"
         )
     return Space(identity=identity, label=label)
 

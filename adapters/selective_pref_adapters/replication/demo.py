@@ -1,7 +1,7 @@
 """`selective-pref demo`: the training job on a language in which it is known which tokens decide.
 
-In: a seed. Out: a folder with the data, the models and `results.json`; two tables and, in plain sentences, what they
-show.
+In: a seed. Out: a folder with the data, the models, `results.json` and a page of what the loss read; two tables and, in
+plain sentences, what they show.
 
     facts → supervised student (half of its facts doubtful) and teacher (clean) → preference runs → sampled answers
 
@@ -58,6 +58,7 @@ from selective_pref_adapters.replication.language import (
     supervised_texts,
     write_rows,
 )
+from selective_pref_adapters.replication.pictures import show_selection
 
 BETA = 0.01
 RATIO = 0.4
@@ -174,6 +175,9 @@ FINISHED = (
 )
 METHODS = (*MAIN, *OTHER_RATE, *FINISHED)
 
+SHOWN: dict[str, Any] = {"policy": "student", "reference": "teacher", "selection_ratio": RATIO, "beta": BETA}
+"""What the page shows: the run with the strong reference, at its first step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
@@ -253,6 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(runs) > 1:
         console.print(spread_table(runs))
     console.print(f"{time.monotonic() - start:.0f} s; data, models and results.json: {output_dir}", soft_wrap=True)
+    for seed in seeds:
+        console.print(show_selection(output_dir / f"seed-{seed}", **SHOWN), soft_wrap=True)
     return 0
 
 

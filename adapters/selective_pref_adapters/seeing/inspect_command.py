@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,15 +20,17 @@ from rich.console import Console
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from selective_pref import selective_dpo_loss
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
-from selective_pref_adapters.objectives import check_objective, loss_of_batch, make_objective
+from selective_pref_adapters.objectives import check_objective, loss_of_batch
 from selective_pref_adapters.pairs import (
     PreferenceRow,
     TokenizedPair,
     check_same_tokenizer,
     collate,
+    parse_columns,
     read_rows,
     tokenize_pairs,
 )
@@ -56,7 +59,10 @@ def inspect(config: InspectConfig) -> list[ShownPair]:
     check_config(config)
     disable_progress_bar()
     notes = Console(stderr=True)
-    rows = read_rows(config.pairs)
+    about: list[str] = []
+    rows = read_rows(config.pairs, columns=parse_columns(config.columns), notes=about)
+    for line in about:
+        notes.print(f"[yellow]note:[/yellow] {line}", soft_wrap=True)
     wanted = row_numbers(config.rows, len(rows))
     counted = range(1, min(config.statistics, len(rows)) + 1)
     numbers = sorted({*wanted, *counted})
@@ -139,6 +145,28 @@ def row_numbers(text: str, count: int) -> list[int]:
     return sorted(found)
 
 
+def ratio_of(text: float | str) -> float | tuple[float, float]:
+    """0.4 or "0.4" → 0.4; "0.4,0.1" → (0.4, 0.1), for chosen and rejected.
+
+    Raises:
+        ValueError: the text is neither. Whether the numbers are ratios is checked by the loss.
+    """
+    try:
+        numbers = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"--selection-ratio must be one share, as 0.4, or one for each side, as 0.4,0.1; got {text!r}")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def _rule(config: InspectConfig) -> str:
+    """The selection in words."""
+    ratio = ratio_of(config.selection_ratio)
+    share = f"{ratio[0]:g} of chosen and {ratio[1]:g} of rejected" if isinstance(ratio, tuple) else f"{ratio:g}"
+    return f"Share {share}" + ("" if config.min_score is None else f", scores above {config.min_score:g} nats")
+
+
 def _ready(config: InspectConfig, name: str, dtype: str | None = None) -> Any:
     """A model that is asked for log-probs only."""
     model = load_model(name, dtype=dtype or config.dtype, attention=config.attention)
@@ -204,12 +232,13 @@ def _logps(source: Any, batches: Sequence[dict[str, Tensor]]) -> Logps:
 
 
 def _objective(config: InspectConfig) -> Any:
-    return make_objective(
-        "selective_dpo",
+    return partial(
+        selective_dpo_loss,
         beta=config.beta,
-        selection_ratio=config.selection_ratio,
-        selection_pool=config.selection_pool,
-        selection_ties=config.selection_ties,
+        selection_ratio=ratio_of(config.selection_ratio),
+        min_score=config.min_score,
+        pool=config.selection_pool,
+        ties=config.selection_ties,
     )
 
 
@@ -263,10 +292,7 @@ def _write(config: InspectConfig, pairs: Sequence[ShownPair], figures: Any, tabl
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
         reference = config.ref_model or f"{config.store}{f' ({config.space})' if config.space else ''}"
-        lead = (
-            f"{config.pairs}, read by {config.model} beside {reference}. Share {config.selection_ratio:g}, "
-            f"β {config.beta:g}."
-        )
+        lead = f"{config.pairs}, read by {config.model} beside {reference}. {_rule(config)}, β {config.beta:g}."
         page_of_pairs(pairs, title=config.title, lead=lead, figures=figures, tables=tables).write(path)
     elif path.suffix == ".svg":
         write_whole(path, svg_of_pairs(pairs, title=config.title))

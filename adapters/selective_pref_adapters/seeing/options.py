@@ -24,7 +24,9 @@ class InspectConfig:
     model: str
     """Policy: a folder or hub id of a causal language model."""
     pairs: str
-    """Preference rows in TRL's formats: .jsonl, .json, .parquet, or a folder (save_to_disk, or of such files)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
+    columns: str | None = None
+    """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     ref_model: str | None = None
     """Reference: a folder or hub id of a model with the same tokenizer."""
     store: str | None = None
@@ -39,8 +41,10 @@ class InspectConfig:
     """Heading of the page."""
     beta: float = 0.01
     """Strength of the pull towards the reference, for rewards and losses."""
-    selection_ratio: float = 0.4
-    """Share of each pool's tokens to keep, in (0, 1]. A page can show others, too."""
+    selection_ratio: float | str = 0.4
+    """Share of each pool's tokens to keep, in (0, 1], or one for each side, as 0.4,0.1 (chosen, rejected)."""
+    min_score: float | None = None
+    """Of those tokens keep only the ones with a score above it, in nats; with selection_ratio 1 it decides alone."""
     selection_pool: Pool = "response"
     """Which tokens compete: those of one response, or of one pair (batch: of eight pairs)."""
     selection_ties: Ties = "share"

@@ -71,11 +71,23 @@ def write_selection(
         OSError: a file cannot be written.
     """
     pairs = shown_pairs(out, ids, tokenizer, places=places)
+    write_pairs(pairs, folder, step)
+    return pairs
+
+
+def write_pairs(pairs: Sequence[ShownPair], folder: Path, step: int) -> None:
+    """`write_selection` of pairs that are gathered already."""
     name = f"step-{step:06d}"
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     write_whole(folder / FOLDER / f"{name}.svg", svg_of_pairs(pairs, title=name))
     write_whole(folder / FOLDER / f"{name}.json", pairs_json(pairs, step=step))
-    return pairs
+
+
+def remove_selections_after(folder: Path, step: int) -> None:
+    """Removes what a run kept after `step`: a run that is resumed there goes on from it, perhaps in another way."""
+    for path in (folder / FOLDER).glob("step-*.*"):
+        if (number := path.stem.removeprefix("step-")).isdigit() and int(number) > step:
+            path.unlink()
 
 
 def pairs_json(pairs: Sequence[ShownPair], **more: Any) -> str:
@@ -90,6 +102,9 @@ def svg_of_pairs(pairs: Sequence[ShownPair], *, title: str) -> str:
     body: list[str] = list(_legend(scale)) if scale is not None else []
     y = _MARGIN + (2 * _HEIGHT if scale is not None else _HEIGHT)
     for pair in pairs:
+        if prompt := _end_of(pair.prompt):
+            body.append(_line(f"prompt: {prompt}", y, "soft"))
+            y += _HEIGHT
         for name, side in pair.sides:
             body.append(_line(f"{pair.place}, {name}: {side.kept:g} of {side.tokens} tokens", y, "title"))
             y += _HEIGHT
@@ -103,11 +118,13 @@ def svg_of_pairs(pairs: Sequence[ShownPair], *, title: str) -> str:
                 column += width
                 if text.endswith("\n"):
                     column, y = 0, y + _HEIGHT
-            y += 2 * _HEIGHT
-    width = 2 * _MARGIN + _COLUMNS * _WIDTH
+            y += _HEIGHT + _HEIGHT // 2
+        y += _HEIGHT // 2
+    width, height = 2 * _MARGIN + _COLUMNS * _WIDTH, y - _HEIGHT
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             f"<title>{escape(printable(title))}</title><style>{_CSS}</style>",
             '<rect width="100%" height="100%" fill="white"/>',
             *body,
@@ -127,14 +144,14 @@ def _token(
     yield f"<g aria-label={says}><title>{says[1:-1]}</title>"
     if side.scores is not None and scale is not None:
         colour = LIGHT[4 + tint(side.scores[number], scale)]
-        yield f'<rect x="{x}" y="{y - 15}" width="{width}" height="{_HEIGHT - 4}" fill="{colour}"/>'
+        yield f'<rect x="{x}" y="{y - 15}" width="{max(width - 1, 0)}" height="{_HEIGHT - 4}" fill="{colour}"/>'
     if shown:
         fit = f' textLength="{width}" lengthAdjust="spacingAndGlyphs"' if width else ""
         yield f'<text x="{x}" y="{y}"{fit}>{_text(shown)}</text>'
     if weight > 0:
         dots = "" if weight >= 1 else ' stroke-dasharray="2 2"'
         yield (
-            f'<path class="kept" d="M{x} {y + 5.5}h{width}" stroke="#16181d" stroke-width="2.5"{dots} '
+            f'<path class="kept" d="M{x} {y + 5.5}h{max(width - 1, 0)}" stroke="#16181d" stroke-width="2.5"{dots} '
             f'data-weight="{weight:.6g}"/>'
         )
     yield "</g>"
@@ -162,6 +179,19 @@ def _legend(scale: float) -> Iterator[str]:
 def _line(text: str, y: int, kind: str, x: int = _MARGIN) -> str:
     shown = escape(printable(text)) if kind == "title" else _text(text)
     return f'<text class="{kind}" x="{x}" y="{y}">{shown}</text>'
+
+
+def _end_of(prompt: str) -> str:
+    """The end of a prompt, as much as one line holds."""
+    words = " ".join(printable(prompt).split())
+    kept: list[str] = []
+    columns = 0
+    for character in reversed(words):
+        columns += _columns(character)
+        if columns > _COLUMNS - len("prompt: …"):
+            return "…" + "".join(reversed(kept))
+        kept.append(character)
+    return words
 
 
 def _columns(shown: str) -> int:

@@ -1,6 +1,7 @@
 """`selective-pref report`: runs → one page: their curves, what differs between them, what a reader may conclude.
 
-In: a `ReportConfig`. Out: a page. The warnings follow the rules by which `SelectionCallback` warns while a run goes on.
+In: a `ReportConfig`. Out: a page. What it concludes is what `monitoring.verdict` says, as at the end of
+`selective-pref train`, and what `SelectionCallback` warned of while the run went on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, wrong_signs
+from selective_pref_adapters.monitoring import verdict
 from selective_pref_adapters.seeing.figures import Figure, series_figure, write_figures
 from selective_pref_adapters.seeing.options import ReportConfig
 from selective_pref_adapters.seeing.page import SelectionPage, template
@@ -52,7 +53,7 @@ _FRAMES, _FILMS = 12, 4  # visits of one film strip, and pairs that have one
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A sentence on a run: "good", "normal", or a "warning" by one of the callback's rules."""
+    """A sentence on a run, of the kind "good", "normal" or "warning"."""
 
     kind: str
     text: str
@@ -75,7 +76,8 @@ def report(config: ReportConfig) -> Path:
     console = Console(stderr=True, highlight=False)
     for run in runs:
         for finding in findings(run):
-            console.print(f"{run.name}: {finding.text}", soft_wrap=True, markup=False)
+            label = "" if finding.kind == "normal" else f"{finding.kind}: "
+            console.print(f"{run.name}: {label}{finding.text}", soft_wrap=True, markup=False)
     console.print(f"report: {path}", soft_wrap=True, markup=False)
     return path
 
@@ -122,65 +124,33 @@ def run_figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def findings(run: Run) -> list[Finding]:
-    """What a reader should conclude, most important first."""
-    warned = {given["kind"]: f"step {given['step']}: {given['message']}" for given in run.warnings}
-    for kind, message in _signs(run).items():
-        warned.setdefault(kind, message)
-    found = [Finding(kind="warning", text=text) for text in warned.values()]
-    prefix = "eval_" if len(run.series("eval_rewards/margins")[0]) > 1 else ""
-    where = "On held-out pairs the" if prefix else "The"
-    _, margins = run.series(f"{prefix}rewards/margins")
-    _, losses = run.series(f"{prefix}loss")
-    _, selected = run.series(f"{prefix}selection/rewards/margins")
+    """What a reader should conclude: what the callback said while the run went on, then `monitoring.verdict`."""
+    selective = run.config.get("objective", "selective_dpo") == "selective_dpo"
+    ratio = run.config.get("selection_ratio") or 1.0
+    selects = selective and ratio < 1
+    said = verdict(run.lines, selection_ratio=ratio if selects else 1.0, patience=run.patience)
+    given = {warning["kind"]: f"step {warning['step']}: {warning['message']}" for warning in run.warnings}
+    warned = {kind: f"{text[0].upper()}{text[1:]}." for kind, text in said.warnings.items()}
+    found = [Finding(kind="warning", text=text) for text in (warned | given).values()]
     broken = sum(math.isnan(value) for name in ("loss", "rewards/margins") for value in run.series(name)[1])
     if broken:
         found.append(Finding(kind="warning", text=f"{broken} logged losses or margins are not finite."))
-    rises = len(margins) > 1 and margins[-1] > margins[0]
-    if rises:
-        text = f"{where} full margin rises from {margins[0]:.4g} to {margins[-1]:.4g}: good."
-        found.append(Finding(kind="good" if "falling" not in warned else "normal", text=text))
-    elif len(margins) > 1:
-        text = f"{where} full margin went from {margins[0]:.4g} to {margins[-1]:.4g}: it did not rise."
-        found.append(Finding(kind="warning", text=text))
-    if losses and losses[-1] > math.log(2):
+    if said.moved:
+        good = said.rose and "falling" not in said.warnings
+        found.append(Finding(kind="good" if good else "normal", text=said.moved))
+    prefix = "eval_" if len(run.series("eval_rewards/margins")[0]) > 1 else ""
+    losses, selected = (run.series(f"{prefix}{name}")[1] for name in ("loss", "selection/rewards/margins"))
+    if selects and losses and losses[-1] > math.log(2):
         text = f"The loss ends at {losses[-1]:.4g}, above log 2. "
-        text += "With a selection that is normal where the full margin rises." if rises else "Look at the full margin."
+        text += "With a selection that is normal where the full margin rises." if said.rose else "See the full margin."
         found.append(Finding(kind="normal", text=text))
-    if selected and selected[-1] < 0:
+    if selects and selected and selected[-1] < 0:
         text = f"The margin of the kept tokens ends at {selected[-1]:.4g}: selection takes the tokens that look worst, "
         found.append(Finding(kind="normal", text=f"{text}so below 0 is normal. Judge by the full margin."))
-    if not margins:
-        found.append(Finding(kind="normal", text="No rewards/margins were logged, so nothing can be concluded."))
+    if not said.moved:
+        text = "There are no two values of rewards/margins and rewards/accuracies to compare: nothing can be concluded."
+        found.append(Finding(kind="normal", text=text))
     return found
-
-
-def _signs(run: Run) -> dict[str, str]:
-    """Warnings by the callback's own rules, kind → message."""
-    found: dict[str, str] = {}
-    for prefix in ("", "eval_"):
-        patience = max(3, run.patience // 3) if prefix else run.patience
-        seen: list[list[float]] = []
-        for line in run.lines:
-            if f"{prefix}rewards/margins" in line and f"{prefix}rewards/accuracies" in line:
-                beta = line.get("selection/beta", 1.0)
-                seen.append([line[f"{prefix}rewards/margins"] / beta, line[f"{prefix}rewards/accuracies"]])
-                for kind in wrong_signs(seen, patience):
-                    found.setdefault(kind, f"step {line['step']}: {SIGNS[kind].format(prefix=prefix)}")
-            ratio = line.get("selection/ratio", run.config.get("selection_ratio", 1.0))
-            ratio = min(ratio) if isinstance(ratio, list) else ratio  # one for each side
-            selects = ratio < 1 and run.config.get("objective", "selective_dpo") == "selective_dpo"
-            if selects and line.get(f"{prefix}selection/tied_fraction", 0.0) > MOSTLY_TIED:
-                found.setdefault("ties", f"step {line['step']}: {SIGNS['ties'].format(prefix=prefix)}")
-            if line.get(f"{prefix}selection/skipped_pairs", 0.0) > 0:
-                found.setdefault("non_finite", f"step {line['step']}: {SIGNS['non_finite'].format(prefix=prefix)}")
-            if selects and line["step"] == 0 and _all_zero(line, prefix):
-                found.setdefault("self_reference", f"step 0: {SIGNS['self_reference']}")
-    return found
-
-
-def _all_zero(line: dict[str, Any], prefix: str) -> bool:
-    """Whether every reward was 0: the reference says what the policy says."""
-    return all(line.get(f"{prefix}rewards/{side}") == 0 for side in ("chosen", "rejected"))
 
 
 # --- film strips -----------------------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ import dataclasses
 import logging
 from typing import Any
 
+import pyarrow.compute as pc
+from datasets import Dataset
+
 from selective_pref import Objective
-from selective_pref_adapters.models import check_reloadable, check_savable, check_token_ids, check_trainable
+from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
+from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
 from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import SelectionOptions
-from selective_pref_adapters.pairs import check_same_tokenizer
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
 
@@ -64,8 +67,11 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
     model, tokenizer = trainer.model, trainer._tokenizer  # of a processor, where there are images
     if ref_tokenizer is not None:
         check_same_tokenizer(tokenizer, ref_tokenizer)
+    check_padding(tokenizer, {"policy": model, **({} if reference is None else {"reference": reference})})
     if reference is not None:
-        check_token_ids(max(tokenizer.get_vocab().values()), {"reference": reference}, where="the policy's tokenizer: ")
+        check_token_ids(
+            max(own_vocabulary(tokenizer).values()), {"reference": reference}, where="the policy's tokenizer: "
+        )
     if getattr(model, "is_loaded_in_4bit", False) and trainer.accelerator.device.type == "cpu":
         raise ValueError(
             "the policy's weights have 4 bits, and on a CPU bitsandbytes packs them for inference alone as soon as the "
@@ -76,6 +82,35 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
         logger.warning("%s", note)
     if trainer.args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")
+
+
+def check_left(name: str, given: Any, left: Any, max_length: int) -> None:
+    """Says how many rows TRL has left out of a data set, since their prompt alone fills `max_length`.
+
+    Raises:
+        ValueError: no row is left, or none was given.
+    """
+    if not isinstance(given, Dataset):
+        return  # a stream has no length
+    if not len(left):
+        reason = f"every one of its {len(given)} prompts alone fills max_length {max_length}" if len(given) else "empty"
+        remedy = ": give a larger max_length, or truncation_mode='keep_end'" if len(given) else ""
+        raise ValueError(f"nothing is left of the {name} data set: {reason}{remedy}")
+    if len(left) < len(given):
+        logger.warning(
+            "%s: %d of %d rows are left out, since their prompt alone fills max_length %d",
+            *(name, len(given) - len(left), len(given), max_length),
+        )
+
+
+def check_ids(model: Any, datasets: list[Any]) -> None:
+    """Raises ValueError where a tokenised data set holds an id that the policy's embedding does not."""
+    for dataset in datasets:
+        if not isinstance(dataset, Dataset):
+            continue
+        columns = [name for name in dataset.column_names if name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        highest = [pc.max(pc.list_flatten(chunk)).as_py() for n in columns for chunk in dataset.data.column(n).chunks]
+        check_token_ids(max((i for i in highest if i is not None), default=0), {"policy": model})
 
 
 def selects_by_alignment(args: SelectiveDPOConfig, objective: Objective | None) -> bool:

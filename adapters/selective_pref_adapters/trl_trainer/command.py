@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import load_dataset
 from trl import (
     DatasetMixtureConfig,
@@ -27,11 +29,11 @@ from trl import (
     get_quantization_config,
 )
 
-from selective_pref_adapters.recipes import config_file
+from selective_pref_adapters.pairs import parse_columns, read_rows
+from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, splits_of
+from selective_pref_adapters.recipes import bare_word, config_file
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    splits = load_splits(script, mixture)
+    splits = load_splits(script, mixture, args)
     trainer = SelectiveDPOTrainer(
         model=model.model_name_or_path,
         ref_model=script.ref_model_name_or_path,
@@ -100,21 +102,24 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words[:-1]:
         return words
-    place = words.index("--config")
-    path = config_file(words[place + 1], "dpo")
-    del words[place : place + 2]
+    index = words.index("--config")
+    path = config_file(words[index + 1], "dpo")
+    del words[index : index + 2]
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
         raise ValueError(f"{path} must hold 'name: value' lines ('env' holds such lines, too)")
     os.environ.update({str(name): str(value) for name, value in settings.pop("env", {}).items()})
-    options = {action.dest: action for action in parser._actions}
+    options = {action.dest: action for action in reversed(parser._actions)}  # of --x and --no_x the first
     for name, value in settings.items():
         if name not in options:
             near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
             meant = f": did you mean {near[0]!r}?" if near else "; --help lists them all"
             raise ValueError(f"{path}: there is no option {name!r}{meant}")
-        if value is False and "no" in (options[name].choices or ()):
-            settings[name] = "no"  # YAML reads a bare `no` as False
+        option = options[name]
+        switch = option.nargs == "?" or getattr(option.type, "__name__", None) == "string_to_bool"  # TRL's, or its copy
+        if isinstance(value, bool) and not switch:
+            place = f"{path}: {name}"
+            settings[name] = bare_word(place, value, choices=option.choices or (), default=option.default)
     beside = path.parent / str(settings.get("deepspeed"))
     if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
         words += ["--deepspeed", str(beside)]
@@ -130,19 +135,51 @@ def start_deepspeed_on_cpu() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
 
 
-def load_splits(script: SelectiveDPOArguments, mixture: DatasetMixtureConfig) -> Any:
+class LocalSplits(Mapping[str, Any]):
+    """Split → rows of a file or folder, read when they are asked for; "train" is what `read_rows` reads by default."""
+
+    def __init__(self, source: str, args: SelectiveDPOConfig) -> None:
+        self._source = source
+        self._args = args
+        self._names = {"train", *splits_of(source)}
+
+    def __getitem__(self, split: str) -> Any:
+        if split not in self._names:
+            raise KeyError(split)
+        malformed: list[str] | None = [] if self._args.skip_malformed_rows else None
+        notes: list[str] = []
+        source = self._source if split == "train" else f"{self._source}:{split}"
+        rows = read_rows(source, malformed, columns=parse_columns(self._args.columns), notes=notes)
+        if malformed:
+            notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+        if PartialState().is_main_process:
+            print(*(f"note: {note}" for note in notes), sep="\n", file=sys.stderr)
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_splits(script: SelectiveDPOArguments, mixture: DatasetMixtureConfig, args: SelectiveDPOConfig) -> Any:
     """The splits of the data set that was named: on the hub, in a folder, in one file, or a mixture."""
     if mixture.datasets and script.dataset_name:
         raise ValueError("dataset_name and datasets (a mixture) are both given: leave one of them out")
     if mixture.datasets:
         return get_dataset(mixture)
     if not script.dataset_name:
-        raise ValueError("no preference pairs: give --dataset_name, a hub id, a folder or a .jsonl/.json/.parquet file")
+        raise ValueError("no preference pairs: give --dataset_name, a file, a folder or a hub id")
     path = Path(script.dataset_name)
-    if path.is_file() and path.suffix not in _BUILDERS:
-        raise ValueError(f"cannot read {path}: expected {', '.join(_BUILDERS)}, a folder or a hub id")
-    if path.is_file():
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
+    if is_local(script.dataset_name) and not script.dataset_streaming and not args.stock_tokenization:
+        return LocalSplits(script.dataset_name, args)
+    if path.is_file():  # what `load_dataset` reads
+        kind, _ = kind_of(path)
+        if not kind:
+            raise ValueError(f"cannot read {path}: expected {', '.join(KINDS)}, a folder or a hub id")
+        builder = {".jsonl": "json"}.get(kind, kind.removeprefix("."))
+        return load_dataset(builder, data_files=str(path), streaming=script.dataset_streaming)
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 

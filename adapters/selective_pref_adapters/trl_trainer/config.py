@@ -24,7 +24,8 @@ from trl import DPOConfig
 from selective_pref import Objective, Response, ScoreFunction, SelectionRatio, alignment_scores, excess_loss_scores
 from selective_pref_adapters.named_losses import NamedLoss, check_pairs_can_be_weighted, unread_numbers
 from selective_pref_adapters.objectives import Schedule, check_objective, selective_objective
-from selective_pref_adapters.options import SelectionOptions
+from selective_pref_adapters.options import SelectionOptions, SharePrefix
+from selective_pref_adapters.pairs import parse_columns
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,13 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         reference_space: which reference of that folder (its name or label), where it holds several.
         raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
+        picture_pairs: at each evaluation, keep the selection of so many pairs, the first of the evaluation set, as
+            `selection/step-….svg` and `.json` in the output folder, and as an image in every tracker.
+        share_prefix: `auto` computes a pair's prompt once, and no padding, wherever `fused_head` and the model allow
+            it; `off` does not.
+        columns: which columns hold what, where the schema of the rows is not recognised by them.
+        skip_malformed_rows: leave out rows that are no preference pair, and count them, instead of stopping.
+        stock_tokenization: let TRL split and tokenise the rows, as `DPOTrainer` does, instead of this library's reader.
     """
 
     selection_ratio: list[float] = field(  # a list, so that a command line may give one number or two
@@ -107,6 +115,22 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         default=True, metadata={"help": "Stop on all processes before a loss that is not finite reaches the weights."}
     )
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
+    picture_pairs: int = field(
+        default=0, metadata={"help": "At each evaluation, keep the selection of so many pairs as a picture."}
+    )
+    share_prefix: SharePrefix = field(
+        default="auto", metadata={"help": "Compute a pair's prompt once, and no padding (auto), or not (off)."}
+    )
+    columns: str | None = field(
+        default=None, metadata={"help": "Which columns hold what: prompt=question,chosen=good,rejected=bad."}
+    )
+    skip_malformed_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows that are no preference pair (counted), instead of stopping."}
+    )
+    stock_tokenization: bool = field(
+        default=False,
+        metadata={"help": "Let TRL split and tokenise rows, where it differs from this library's reader."},
+    )
 
     def __post_init__(self) -> None:
         if callable(self.scores):
@@ -231,12 +255,21 @@ def check_options(args: SelectiveDPOConfig) -> None:
         if value != default:
             instead = _INSTEAD.get(option.name, "leave it out")
             raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
-    if args.selection_warmup_steps < 0:
-        raise ValueError(f"selection_warmup_steps must be at least 0; got {args.selection_warmup_steps}")
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}")
+    for name in ("selection_warmup_steps", "picture_pairs"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0; got {getattr(args, name)}")
     if args.sync_ref_model and (args.reference_store is not None or args.precompute_ref_log_probs):
         raise ValueError(
             "sync_ref_model changes the reference during training, so its stored log-probs would be wrong: leave "
             "reference_store and precompute_ref_log_probs out, or sync_ref_model"
+        )
+    parse_columns(args.columns)
+    if args.stock_tokenization and (args.columns is not None or args.skip_malformed_rows):
+        raise ValueError(
+            "columns and skip_malformed_rows are read by this library's reader, which stock_tokenization switches off: "
+            "leave them out, or it"
         )
     if args.reference_space is not None and args.reference_store is None:
         raise ValueError("reference_space names a reference of a store: give reference_store, too")

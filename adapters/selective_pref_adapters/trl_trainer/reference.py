@@ -93,7 +93,12 @@ class TrainerReference:
         if ref_model is not None or (needed and not adapter and not self.stored):
             loaded = load_reference(ref_model, policy, args, quantization_config)
             # TRL wraps the model while it builds the trainer: what runs is known at the first batch.
-            running = RunningReference(loaded, fused_head=args.fused_head, start=lambda *_: trainer.ref_model)
+            running = RunningReference(
+                loaded,
+                fused_head=args.fused_head,
+                share_prefix=args.share_prefix,
+                start=lambda *_: trainer.ref_model,
+            )
             self.model, self._reference = loaded, running
 
     @contextmanager

@@ -14,6 +14,7 @@ from datasets import Dataset
 from selective_pref_adapters.batch import REF_LOGPS, to_bits
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.trl_trainer.data import mask_as_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
     """The token ids of every row as the collator will cut them.
 
     Raises:
-        ValueError: the data set cannot be read twice, or a completion is not the end of its row.
+        ValueError: the data set cannot be read twice.
     """
     check_stored_dataset(dataset)
     pairs = []
@@ -51,20 +52,18 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
         sides = []
         for row in range(2):
             attended = batch["attention_mask"][row] != 0
-            completion = batch["completion_mask"][row][attended] != 0
             ids = batch["input_ids"][row][attended].tolist()
-            prompt_length = len(ids) - int(completion.sum())
-            if bool(completion[:prompt_length].any()):
-                raise ValueError(f"{name}, row {number}: only completions that end their row can be stored")
-            sides.append((ids, prompt_length))
-        (chosen_ids, chosen_prompt_length), (rejected_ids, rejected_prompt_length) = sides
+            sides.append((ids, *mask_as_spans(batch["completion_mask"][row][attended] != 0)))
+        (chosen_ids, chosen_start, chosen_unscored), (rejected_ids, rejected_start, rejected_unscored) = sides
         pairs.append(
             TokenizedPair(
                 chosen_ids=chosen_ids,
                 rejected_ids=rejected_ids,
-                chosen_prompt_length=chosen_prompt_length,
-                rejected_prompt_length=rejected_prompt_length,
-                place=f"{name}, row {number}",
+                chosen_prompt_length=chosen_start,
+                rejected_prompt_length=rejected_start,
+                chosen_unscored=chosen_unscored,
+                rejected_unscored=rejected_unscored,
+                place=example.get("place", f"{name}, row {number}"),
             )
         )
     return pairs

@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from trl import DPOTrainer
 
 from selective_pref import NonFiniteError, Objective, PreferenceLoss
@@ -25,8 +28,9 @@ from selective_pref_adapters.heads import (
     model_logps_and_statistics,
     model_logps_statistics_and_auxiliary_loss,
 )
+from selective_pref_adapters.model_checks import check_reloadable, check_trainable
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
-from selective_pref_adapters.models import check_reloadable, usable_length
+from selective_pref_adapters.models import switch_off_dropout, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     MetricWindow,
@@ -36,11 +40,28 @@ from selective_pref_adapters.monitoring import (
     own_pairs,
 )
 from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference, policy_weights
-from selective_pref_adapters.trl_trainer.checks import check_arguments, check_built, selects_by_alignment
+from selective_pref_adapters.pairs import parse_columns
+from selective_pref_adapters.trl_trainer.checks import (
+    check_arguments,
+    check_built,
+    check_ids,
+    check_left,
+    selects_by_alignment,
+)
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.data import (
+    READ_ROW,
+    TRAINED_COLUMNS,
+    check_collator,
+    dataset_of_rows,
+    is_list_of_rows,
+    own_collator,
+    prepared,
+)
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
+from selective_pref_adapters.trl_trainer.pictures import SelectionPictures
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
 from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, WithPairWeights, are_weighted, check_weights
@@ -66,9 +87,12 @@ class SelectiveDPOTrainer(DPOTrainer):
             a warning says so), or for whatever `args.reference_store` holds. It may have another size, but must have
             the policy's tokenizer.
         args: a `SelectiveDPOConfig`.
-        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
-            quantization_config, peft_config: as in `DPOTrainer`. A column `weight` of the data sets multiplies the
-            losses of its rows.
+        train_dataset, eval_dataset: raw rows as in `DPOTrainer`, of any schema that the reader of `pairs` knows; rows
+            as `read_rows` gives them; or rows with `prompt_ids`, `chosen_ids` and `rejected_ids`. The reader splits and
+            tokenises them, as for every other trainer here, unless `args.stock_tokenization` says that TRL shall. A
+            column `weight` multiplies the losses of its rows.
+        data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config: as
+            in `DPOTrainer`.
         objective: any callable (chosen, rejected) → PreferenceLoss in place of the Selective-DPO that `args`
             describes. It is asked once whether it needs a reference; one that does not runs without.
 
@@ -105,6 +129,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
         self._custom_objective = objective
+        train_dataset, eval_dataset = _as_datasets(train_dataset), _as_datasets(eval_dataset)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._checked = False
         check_arguments(args, objective, [train_dataset, *_all_sets(eval_dataset)])
@@ -137,14 +162,19 @@ class SelectiveDPOTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        take_back_forward(self.model)
+        self._use_own_collator()
         if any(are_weighted(dataset) for dataset in [train_dataset, *_all_sets(eval_dataset)]):
             check_weights(args.loss_type, train_dataset)
             self.data_collator = WithPairWeights(collator=self.data_collator)
-        take_back_forward(self.model)
+        if args.disable_dropout:  # TRL reaches the rates of `nn.Dropout` alone
+            switch_off_dropout(self.model)
         self._check_once()
         if args.fused_head:
-            install_fused_head(self.model, at_first_call=True)
+            install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
         self.precompute_ref_logps = self.reference.built()
+        if args.picture_pairs:
+            self.add_callback(SelectionPictures(self, args.picture_pairs))
         selects = selects_by_alignment(args, objective)
         if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
             logger.warning("%s", SELF_REFERENCE)
@@ -153,11 +183,57 @@ class SelectiveDPOTrainer(DPOTrainer):
         """As `DPOTrainer.train`.
 
         Raises:
-            ValueError: a run is resumed whose checkpoints transformers' `Trainer` does not load back completely.
+            ValueError: nothing of the policy learns, its reference would move, or a run is resumed whose checkpoints
+                transformers' `Trainer` does not load back completely.
         """
         if resume_from_checkpoint:
             check_reloadable(self, "resume_from_checkpoint")
+        check_trainable(self.model)  # again: parameters may have been frozen, or unfrozen, since
+        self.reference.check()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's hook for tokenising. Here the one reader of this library does it; rows with images are left to TRL."""
+        if args.stock_tokenization or isinstance(processing_class, ProcessorMixin):
+            if READ_ROW in (dataset.column_names or ()):
+                raise ValueError(
+                    "stock_tokenization needs raw rows: give the data set as it is, not rows that are read"
+                )
+            if isinstance(dataset, Dataset) and not len(dataset):
+                check_left(dataset_name, dataset, dataset, args.max_length)
+            tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            check_left(dataset_name, dataset, tokenised, args.max_length)
+            return tokenised
+        with PartialState().main_process_first():
+            return prepared(
+                dataset,
+                processing_class,
+                dataset_name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                columns=parse_columns(args.columns),
+                skip_malformed_rows=args.skip_malformed_rows,
+                num_proc=args.dataset_num_proc,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if isinstance(self._signature_columns, list):
+            own = [*TRAINED_COLUMNS, WEIGHT_COLUMN]
+            self._signature_columns += [name for name in own if name not in self._signature_columns]
+
+    def _use_own_collator(self) -> None:
+        """Puts our collator in the place of TRL's; one that was given stays, if it can do what the data ask of it."""
+        if not isinstance(self.data_collator, WithStoredReference):
+            self.data_collator = own_collator(self.data_collator)
+            for dataset in (self.train_dataset, *_all_sets(self.eval_dataset)):
+                check_collator(self.data_collator, dataset, "given")
+
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As in `DPOTrainer`; rows as `read_rows` gives them will do, too."""
+        return super().evaluate(_as_datasets(eval_dataset), *arguments, **options)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +258,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         pair_weights = self._pair_weights(inputs, logps, statistics)
         out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=pair_weights)
         if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
-            error = non_finite_error(out, f"step {self.state.global_step + 1}")
+            error = non_finite_error(out, self._where)
             raise NonFiniteError(f"{error}. With raise_on_non_finite=False the run goes on regardless") from error
         pairs = len(out.losses)
         own = pairs if self._mode == "train" else own_pairs(pairs)
@@ -216,12 +292,19 @@ class SelectiveDPOTrainer(DPOTrainer):
         """The optimiser step in training; None in an evaluation, whose loss must not depend on it."""
         return self.state.global_step if self._mode == "train" else None
 
+    @property
+    def _where(self) -> str:
+        """What errors begin with."""
+        step = self.state.global_step
+        return f"step {step + 1}" if self._mode == "train" else f"evaluation after step {step}"
+
     # --- before the first step ---------------------------------------------------------------------------------------
 
     def _check_once(self) -> None:
         """Checks the models that TRL has loaded, before a row is scored with them."""
         if not self._checked:
             check_built(self, self.reference.model, self.reference.tokenizer)
+            check_ids(self.model, [self.train_dataset, *_all_sets(self.eval_dataset)])
             self.reference.check()
             self._checked = True
 
@@ -230,6 +313,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not self.reference.stored:
             return dataset
         self._check_once()
+        self._use_own_collator()
         collator = getattr(self.data_collator, "collator", self.data_collator)
         pairs = pairs_of(dataset, collator, name)
         check_stored_inputs(self.model, collator([dataset[0]]))
@@ -238,13 +322,6 @@ class SelectiveDPOTrainer(DPOTrainer):
         if not isinstance(self.data_collator, WithStoredReference):
             self.data_collator = WithStoredReference(collator=self.data_collator, store=store)
         return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """TRL's columns, and the weights: others are taken from the rows before the collator sees them."""
-        super()._set_signature_columns_if_needed()
-        columns = self._signature_columns
-        if isinstance(columns, list) and WEIGHT_COLUMN not in columns:
-            columns.append(WEIGHT_COLUMN)
 
     # --- what is logged ----------------------------------------------------------------------------------------------
 
@@ -293,6 +370,13 @@ class SelectiveDPOTrainer(DPOTrainer):
                 self._metrics[mode][name].append(value)
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
+
+
+def _as_datasets(data: Any) -> Any:
+    """Data sets as TRL takes them: lists of rows that are read become one."""
+    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+        return {name: _as_datasets(one) for name, one in data.items()}
+    return dataset_of_rows(data) if is_list_of_rows(data) else data
 
 
 def _all_sets(datasets: Any) -> list[Any]:

@@ -1,10 +1,10 @@
-"""What can be known about a server before its first answer is stored.
+"""The checks of a server before its first answer is stored.
 
-In: a server, the rows it is to score, and the tokenizer that made them. Out: nothing, or an error that says what does
-not fit: the address, the key, the name of the model, the length of the rows, requests that the server does not
+In: a server, the rows it will be asked for, and the tokenizer that made them. Out: nothing, or an error that says what
+does not fit: the address, the key, the name of the model, the length of the rows, requests that the server does not
 understand, a tokenizer that is not the served model's, a token that the server adds by itself.
 
-Most servers name each token by its text, which is compared for every row that is scored. Where they do not, a short
+Most servers name each token by its text, which is compared for every row. Where they do not, a short
 text is sent beside its token ids: the same model must give the same log-probs to both. Then the last id is replaced:
 only the last log-prob may change, or the server puts a token of its own in front.
 """
@@ -19,7 +19,8 @@ import httpx2
 import numpy as np
 
 from selective_pref_adapters.pairs import Tokenizer
-from selective_pref_adapters.reference_store.served_answers import (
+from selective_pref_adapters.reference_store.rows import Row
+from selective_pref_adapters.reference_store.served.answers import (
     ForbiddenError,
     RefusedError,
     Texts,
@@ -30,13 +31,13 @@ from selective_pref_adapters.reference_store.served_answers import (
     read,
     send,
 )
-from selective_pref_adapters.reference_store.server import Server, ServerError
-from selective_pref_adapters.reference_store.store import Row, StoreError
+from selective_pref_adapters.reference_store.served.server import Server, ServerError
+from selective_pref_adapters.reference_store.shards import StoreError
 
 _PROBE_TOKENS = 24
 _PROBE_TEXT = "The cat sat on the mat."
 _SAME = 0.05  # nats: what a server's own batches may change in the mean
-_TRIES = 3  # of a server that nobody has reached yet
+_TRIES = 3  # of a server that has never answered
 _NEEDED = (
     "What is needed: POST /completions with token ids as prompt, max_tokens 1, and log-probs of the prompt (echo with "
     "logprobs, or vLLM's prompt_logprobs); fields that a server does not know must be ignored"
@@ -48,7 +49,7 @@ T = TypeVar("T")
 def check_server(
     client: httpx2.Client, server: Server, rows: Sequence[Row], tokenizer: Tokenizer, stop: threading.Event
 ) -> None:
-    """Raises unless the server is there and scores these rows with this tokenizer, as far as a few requests can tell.
+    """Raises unless the server answers, serves the model and has this tokenizer, as far as a few requests can show.
 
     Raises:
         ServerError: it is not there, does not serve the model, or not as it is asked, or with another tokenizer.
@@ -63,17 +64,17 @@ def check_server(
 
 
 def _patiently(server: Server, stop: threading.Event, call: Callable[[], T]) -> T:
-    """The result of a call, which is tried again after faults of the moment; a few times only where nobody answers."""
+    """The result of a call. It is repeated after failures that may pass, a few times only where no server answers."""
     attempt = 0
     while True:
         try:
             return call()
         except TryAgainError as error:
             attempt += 1
-            nobody = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
-            if attempt >= (min(server.attempts, _TRIES) if nobody else server.attempts):
+            unreachable = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
+            if attempt >= (min(server.attempts, _TRIES) if unreachable else server.attempts):
                 raise ServerError(
-                    f"{server.url} was asked {attempt} times, at last with {error}. Nothing was scored: run the same "
+                    f"{server.url} was asked {attempt} times, at last with {error}. Nothing was computed: run the same "
                     "command again when the server is well"
                 ) from error
             stop.wait(server.pause_before(attempt))
@@ -157,8 +158,8 @@ def _check_by_text(client: httpx2.Client, server: Server, row: Row, tokenizer: T
         answers = [(ids, choices_of(client, server, [ids])[0]) for ids in ways if len(ids) > 1]
     except RefusedError as error:
         raise ServerError(
-            f"{server.url} does not name the tokens that it scores by their text, and refuses a short text with "
-            f"{error}: nobody can tell whether its tokenizer is the one given. Serve the model with its tokenizer"
+            f"{server.url} does not return the text of each token, and refuses a short text with "
+            f"{error}: so its tokenizer cannot be compared with the one given. Serve the model with its tokenizer"
         ) from error
     same = [ids for ids, answer in answers if _alike(server, row, ids, asked, answer)]
     if not same:
@@ -199,6 +200,6 @@ def _check_nothing_in_front(client: httpx2.Client, server: Server, row: Row, ids
     if spread[-1] <= _SAME or (spread[:-1] > 4 * _SAME).any():  # of single tokens, where _SAME is of a mean
         raise ServerError(
             f"{server.url} returns log-probs that are not those of the tokens that were sent: with another last token "
-            f"they differ by {np.round(spread, 3).tolist()} nats, and should differ at the last place only. Does it "
-            "put a token of its own in front? It must score the ids as they are"
+            f"they differ by {np.round(spread, 3).tolist()} nats, and should differ at the last token only. Does it "
+            "put a token of its own in front? It must read the ids as they are"
         )

@@ -25,7 +25,7 @@ _SHORTEST_SECRET = 4  # shorter ones would garble every message, and guard nothi
 
 
 class ServerError(OSError):
-    """A server that does not answer as asked. The message names address, row and what came; what was scored is kept."""
+    """A server that does not answer as asked. The message names address, row and answer; rows before it are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,12 @@ def sendable(value: str, what: str) -> str:
     value = value.strip()
     if not value:
         raise ValueError(f"{what} is empty")
-    for place, character in enumerate(value, start=1):
+    for position, character in enumerate(value, start=1):
         if not (character.isascii() and character.isprintable()):
             kind = "a line break" if character in "\r\n" else "a character outside ASCII, or a control character"
-            raise ValueError(f"{what} cannot be sent: {kind} stands at place {place} of {len(value)} (not shown here)")
+            raise ValueError(
+                f"{what} cannot be sent: {kind} stands at position {position} of {len(value)} (not shown here)"
+            )
     return value
 
 

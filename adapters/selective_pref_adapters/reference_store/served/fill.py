@@ -1,17 +1,10 @@
-"""A reference that another process serves over HTTP fills the store.
+"""Rows → log-probs of a served model → the store.
 
-In: the address of a server that speaks OpenAI's completions protocol, and rows of token ids. Out: the log-probs that
-the served model gives to them, checked token by token. Two ways of asking:
-
-    completions      `echo` and `logprobs`: the prompt comes back with a log-prob for each of its tokens
-    prompt_logprobs  vLLM's own: for each position, log-probs by token id
-
-Before the first row is scored a few short requests find out whether the server serves this model, with this tokenizer
-(`served_probe`). Then few rows go into one request, few requests are under way at once. A request that fails (no answer
-in time, a status of overload or error, an answer that is no JSON or not whole) is asked again in two halves, a single
-row after a pause, and at last gives up with an error that names the row. An answer that is whole but wrong is an error
-at once: other tokens than were sent, another number of them, no log-prob or −inf (which means "not returned"). So is a
-status that blames the request and not a row: a key, an address or a model that is not there.
+Few rows go into one request, few requests are under way at once. A request that fails (no answer in time, a status of
+overload or error, an answer that is no JSON or not whole) is sent again as two halves, and a single row after a pause;
+after the last attempt an error names the row. An answer that is whole but wrong is an error at once: other tokens than
+were sent, another number of them, no log-prob or −inf (which means "not returned"). So is a status that blames the
+request and not a row: a key, an address or a model that is not there.
 """
 
 from __future__ import annotations
@@ -22,32 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 
+from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
-from selective_pref_adapters.reference_store.fill import (
-    Scored,
-    Scorer,
-    ScoringReport,
-    compare_rows,
-    fill_rows,
-)
-from selective_pref_adapters.reference_store.identity import SCORING_VERSION
-from selective_pref_adapters.reference_store.served_answers import Texts, TryAgainError, ask
-from selective_pref_adapters.reference_store.served_probe import check_server
-from selective_pref_adapters.reference_store.server import Protocol, Server, ServerError
-from selective_pref_adapters.reference_store.spaces import own_vocabulary, vocabulary_digest
-from selective_pref_adapters.reference_store.store import ReferenceStore, Row, Space, StoreError, rows_of_pairs
-
-__all__ = [
-    "DRIFT",
-    "Protocol",
-    "Server",
-    "ServerError",
-    "fill_from_server",
-    "served_scorer",
-    "served_scores",
-    "served_space",
-    "steady",
-]
+from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
+from selective_pref_adapters.reference_store.identity import LOGPS_VERSION
+from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, rows_of_pairs
+from selective_pref_adapters.reference_store.served.answers import Texts, TryAgainError, ask
+from selective_pref_adapters.reference_store.served.probe import check_server
+from selective_pref_adapters.reference_store.served.server import Server, ServerError
+from selective_pref_adapters.reference_store.shards import StoreError
+from selective_pref_adapters.reference_store.spaces import Space, vocabulary_digest
+from selective_pref_adapters.reference_store.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +37,7 @@ _COMPARED_ROWS = 8
 
 
 def served_space(model: str, revision: str, tokenizer: Tokenizer) -> Space:
-    """The identity of a served reference. Nobody can read its weights from here: its name and revision stand for them.
+    """The identity of a served reference. Its weights cannot be read over HTTP: its name and revision stand for them.
 
     Args:
         model: the name it is served under.
@@ -69,7 +47,7 @@ def served_space(model: str, revision: str, tokenizer: Tokenizer) -> Space:
     vocabulary = own_vocabulary(tokenizer)
     identity = {
         "kind": "served model",
-        "scoring_version": SCORING_VERSION,
+        "scoring_version": LOGPS_VERSION,
         "model": model,
         "revision": revision,
         "vocabulary": vocabulary_digest(vocabulary),
@@ -84,11 +62,12 @@ def fill_from_server(
     tokenizer: Tokenizer,
     *,
     progress: bool = True,
-) -> ScoringReport:
-    """Scores the rows of `pairs` that the store lacks with a served model, and stores them; the others cost nothing.
+) -> FillReport:
+    """Asks a served model for the log-probs of those rows of `pairs` that the store lacks, and stores them.
 
     Where rows of these pairs are stored already, a few of them are asked for first: a server that gives other numbers
-    than it gave before serves another model, and must have another revision.
+    than it gave before serves another model, and must have another revision. Whatever error ends it, the rows that were
+    computed before are stored.
 
     Args:
         store: `ReferenceStore.create(path, served_space(...))`.
@@ -103,7 +82,6 @@ def fill_from_server(
         NonFiniteError: a log-prob is missing or infinite; names the row.
         StoreError: the server gives other numbers than are stored, or reads less than the longest row has.
         StoreWriteError: a shard could not be written.
-        In every case what was scored before is stored.
     """
     named = store.space.identity.get("model")
     if store.space.identity.get("kind") != "served model" or named != server.model:
@@ -112,53 +90,56 @@ def fill_from_server(
             "open ReferenceStore.create(path, served_space(model, revision, tokenizer))"
         )
     rows = rows_of_pairs(pairs)
-    return fill_rows(store, rows, steady(store, rows, served_scorer(server, tokenizer)), progress=progress)
+    source = partial(served_logps, server=server, tokenizer=tokenizer)
+    return fill_rows(store, rows, compared_first(store, rows, source), progress=progress)
 
 
-def served_scorer(server: Server, tokenizer: Tokenizer) -> Scorer:
-    """A served model as `fill_rows` and `compare_rows` ask it."""
-    return partial(served_scores, server=server, tokenizer=tokenizer)
-
-
-def steady(
-    store: ReferenceStore, rows: Sequence[Row], scorer: Scorer, tell: Callable[[str], None] = logger.info
-) -> Scorer:
-    """A scorer that first compares what it gives to some of `rows` that are stored already with what is stored.
+def compared_first(
+    store: ReferenceStore, rows: Sequence[Row], source: LogpSource, tell: Callable[[str], None] = logger.info
+) -> LogpSource:
+    """A source that first asks again for some of the `rows` that are stored already, and compares.
 
     Args:
         store: what is stored.
         rows: all that are wanted, those that are stored among them.
-        scorer: who gave them.
-        tell: is called with a sentence that says what was seen.
+        source: the served model.
+        tell: is called with a sentence that says how much they differ.
 
     Raises:
         StoreError: when asked, if the numbers differ by more than `DRIFT` in the mean: another model, or the same in
             another dtype, is served under the old name and revision.
     """
 
-    def score(lacking: Sequence[Row]) -> Iterator[Scored]:
+    def logps(lacking: Sequence[Row]) -> Iterator[RowLogps]:
         absent = {row.key for row in lacking}
         stored = [row for row in rows if row.key not in absent and store.has(row)]
         if any(row.values for row in stored):
-            seen = compare_rows(store, stored, scorer, sample=_COMPARED_ROWS, seed=0)
-            differ = (
-                f"differ by {seen.mean_difference:.2g} nats in the mean over {seen.rows} rows from those stored as "
-                f"{store.space.label!r} (by {seen.max_difference:.2g} at most, at {seen.worst})"
-            )
-            if seen.mean_difference > DRIFT:
-                raise StoreError(
-                    f"the server gives log-probs that {differ}, and more than {DRIFT} in the mean is not noise: "
-                    "another model is served there now. Give it another revision, also where only its dtype or "
-                    "quantisation is another"
-                )
-            tell(f"the server's log-probs {differ}")
-        yield from scorer(lacking)
+            tell(check_drift(compare_rows(store, stored, source, sample=_COMPARED_ROWS, seed=0), store.space.label))
+        yield from source(lacking)
 
-    return score
+    return logps
 
 
-def served_scores(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> Iterator[Scored]:
-    """The log-probs that a served model gives to rows, in the order in which requests are answered: a `Scorer`.
+def check_drift(seen: Comparison, label: str) -> str:
+    """A sentence that says how far a server's log-probs are from those stored as `label`.
+
+    Raises:
+        StoreError: more than `DRIFT` in the mean.
+    """
+    differ = (
+        f"differ by {seen.mean_difference:.2g} nats in the mean over {seen.rows} rows from those stored as {label!r} "
+        f"(by {seen.max_difference:.2g} at most, at {seen.worst})"
+    )
+    if seen.mean_difference > DRIFT:
+        raise StoreError(
+            f"the server gives log-probs that {differ}, and more than {DRIFT} in the mean is not noise: another model "
+            "is served there now. Give it another revision, also where only its dtype or quantisation is another"
+        )
+    return f"the server's log-probs {differ}"
+
+
+def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> Iterator[RowLogps]:
+    """The log-probs that a served model gives to rows, as requests are answered: a `LogpSource` with its options bound.
 
     An interruption does not wait for pauses, nor for answers that have not come.
 
@@ -170,11 +151,11 @@ def served_scores(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> 
     ]
     todo.reverse()
     stop, texts = threading.Event(), Texts(tokenizer)
-    under_way: dict[Future[Scored], tuple[list[Row], int]] = {}
+    under_way: dict[Future[RowLogps], tuple[list[Row], int]] = {}
     with server.client() as client:
 
         def start(group: list[Row], attempt: int) -> None:
-            def work() -> Scored:
+            def work() -> RowLogps:
                 stop.wait(server.pause_before(attempt))
                 return [] if stop.is_set() else ask(client, server, texts, group)
 
@@ -189,7 +170,7 @@ def served_scores(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> 
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     group, attempt = under_way.pop(future)
                     try:
-                        scored = future.result()
+                        computed = future.result()
                     except TryAgainError as error:
                         if len(group) > 1:
                             todo += [group[len(group) // 2 :], group[: len(group) // 2]]
@@ -198,19 +179,19 @@ def served_scores(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> 
                         else:
                             raise ServerError(
                                 f"{server.url}: {group[0].place} ({len(group[0].ids)} tokens) was asked for "
-                                f"{server.attempts} times, at last with {error}. What was scored before is stored: "
+                                f"{server.attempts} times, at last with {error}. What was computed before is stored: "
                                 "run the same command again when the server is well"
                             ) from error
                     else:
-                        yield scored
+                        yield computed
         finally:
             stop.set()
 
 
-def _in_a_thread(work: Callable[[], Scored]) -> Future[Scored]:
-    """The result of `work`, done in a thread that ends with the process: nothing waits for an answer that is not
-    wanted any more, as a pool of threads would."""
-    future: Future[Scored] = Future()
+def _in_a_thread(work: Callable[[], RowLogps]) -> Future[RowLogps]:
+    """The result of `work`, done in a thread that ends with the process. A pool of threads would wait, at the
+    end, for answers that are no longer wanted."""
+    future: Future[RowLogps] = Future()
 
     def run() -> None:
         try:

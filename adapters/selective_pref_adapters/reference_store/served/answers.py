@@ -1,9 +1,9 @@
-"""One request for a few rows, and what its answer is worth.
+"""One request for a few rows, and the checks of its answer.
 
 In: rows of token ids. Out: for each a float32 log-prob per completion token; or an error, because an answer that is
-whole but wrong (other tokens, another number of them, no log-prob) must not be stored. Three kinds of fault are told
-apart: of the moment (`TryAgainError`: ask again), of a row (it is named), and of the request (address, model, key,
-fields: every row would be refused).
+whole but wrong (other tokens, another number of them, no log-prob) must not be stored. Three kinds of
+failure are told apart: one that may pass (`TryAgainError`: ask again), one that a row causes (it is named), and one
+that the request causes (address, model, key, fields: every row would be refused).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import numpy as np
 
 from selective_pref import NonFiniteError
 from selective_pref_adapters.pairs import Tokenizer
-from selective_pref_adapters.reference_store.fill import Scored
-from selective_pref_adapters.reference_store.server import Protocol, Server, ServerError
-from selective_pref_adapters.reference_store.store import Row
+from selective_pref_adapters.reference_store.rows import Row, RowLogps
+from selective_pref_adapters.reference_store.served.server import Protocol, Server, ServerError
 
 _NOT_RETURNED = -9999.0  # what servers write where JSON has no −inf
 _AGAIN = (408, 409, 425, 429)  # besides every status from 500 on
@@ -34,15 +33,15 @@ _ASKS: dict[Protocol, dict[str, Any]] = {
 
 
 class TryAgainError(Exception):
-    """An answer that another attempt may better; the message says what came."""
+    """A failure that may pass: the same request may succeed later. The message says what came."""
 
 
 class ForbiddenError(ServerError):
-    """A server that does not know the key, or does not let it in."""
+    """A server that does not know the key, or does not allow it this model."""
 
 
 class RefusedError(Exception):
-    """A request that the server refuses for what is in it, so that another row may pass; the message is its answer."""
+    """A request that the server refuses for what is in it: for another row it may answer. The message is its answer."""
 
 
 class Texts:
@@ -60,26 +59,26 @@ class Texts:
         return self._known[token_id]
 
 
-def ask(client: httpx2.Client, server: Server, texts: Texts, group: Sequence[Row]) -> Scored:
+def ask(client: httpx2.Client, server: Server, texts: Texts, group: Sequence[Row]) -> RowLogps:
     """The log-probs of a few rows.
 
     Raises:
-        TryAgainError: a fault of the moment, or of one row among several.
-        ServerError: the server refuses the one row, or every request, or scores something else.
+        TryAgainError: a failure that may pass, or that one row among several has caused.
+        ServerError: the server refuses the one row, or every request, or returns log-probs of other tokens.
         NonFiniteError: a log-prob is missing or infinite.
     """
     try:
         choices = choices_of(client, server, [row.ids.tolist() for row in group])
     except RefusedError as error:
-        if len(group) > 1:  # which one, the halves will tell
+        if len(group) > 1:  # asking for each half alone shows which row it is
             raise TryAgainError(str(error)) from error
         what = f"{group[0].place} ({len(group[0].ids)} tokens, and one to generate)"
         raise ServerError(f"{server.url} refuses {what} with {error}") from error
-    scored = []
+    computed = []
     for row, choice in zip(group, choices, strict=True):
         logps, _ = read(server, texts, row, choice)
-        scored.append((row, _values(row, logps)))
-    return scored
+        computed.append((row, _values(row, logps)))
+    return computed
 
 
 def choices_of(client: httpx2.Client, server: Server, prompt: str | list[list[int]]) -> list[dict[str, Any]]:
@@ -142,7 +141,7 @@ def read(server: Server, texts: Texts, row: Row, choice: Mapping[str, Any]) -> t
     logps, named = _READERS[server.protocol](row, choice)
     if choice.get("prompt_token_ids") is not None and list(choice["prompt_token_ids"]) != row.ids.tolist():
         raise ServerError(
-            f"{row.place}: the server scores the ids {str(choice['prompt_token_ids'])[:80]}, not "
+            f"{row.place}: the server read the ids {str(choice['prompt_token_ids'])[:80]}, not "
             f"{str(row.ids.tolist())[:80]}"
         )
     return logps, sum(_same_token(row, at, token, texts) for at, token in enumerate(named[: len(row.ids)]))
@@ -181,7 +180,7 @@ def _read_prompt_logprobs(row: Row, choice: Mapping[str, Any]) -> tuple[list[flo
         if at >= len(row.ids) or not isinstance(position, dict) or str(row.ids[at]) not in position:
             sent = f"id {row.ids[at]}" if at < len(row.ids) else "nothing"
             raise ServerError(
-                f"{row.place}: token {at} was sent as {sent}, the server scores {str(position)[:120]} there. Log-probs "
+                f"{row.place}: token {at} was sent as {sent}, the server read {str(position)[:120]} there. Log-probs "
                 "of other tokens are of no use: serve a model with the same tokenizer"
             )
         entry = position[str(row.ids[at])]
@@ -213,17 +212,17 @@ _READERS = {"completions": _read_echo, "prompt_logprobs": _read_prompt_logprobs}
 
 def _values(row: Row, logps: list[float | None]) -> np.ndarray:
     """The float32 values of a row's completion tokens, of which none may be missing."""
-    places = np.flatnonzero(row.mask[1:]) + 1
-    for at in places:
+    positions = np.flatnonzero(row.mask[1:]) + 1
+    for at in positions:
         value = logps[at]
         if value is None or not math.isfinite(value) or value <= _NOT_RETURNED:
             raise NonFiniteError(
                 f"{row.place}: the server returns no log-prob ({value}) for token {at} (id {row.ids[at]}). The row is "
-                "not stored; what was scored before is"
+                "not stored; what was computed before is"
             )
         if value > 1e-3:
             raise ServerError(f"{row.place}: the server gives token {at} (id {row.ids[at]}) the log-prob {value} > 0")
-    return np.array([logps[at] for at in places], dtype=np.float32)
+    return np.array([logps[at] for at in positions], dtype=np.float32)
 
 
 def _check_positions(row: Row, logps: Sequence[float | None], lengths: Sequence[int]) -> None:
@@ -231,7 +230,7 @@ def _check_positions(row: Row, logps: Sequence[float | None], lengths: Sequence[
         first = "no log-prob for the first" if not logps or logps[0] is None else f"{logps[0]} for the first"
         raise ServerError(
             f"{row.place}: {len(row.ids)} tokens were sent, {len(logps)} log-probs came back, {first} (nothing "
-            "precedes it, so it has none). The server must score the ids as they are, without adding any"
+            "precedes it, so it has none). The server must read the ids as they are, without adding any"
         )
 
 
@@ -239,7 +238,8 @@ def _same_token(row: Row, at: int, token: str | None, texts: Texts) -> bool:
     """Whether the text of a token was compared and is the one that was sent; raises where it is another.
 
     A token alone may be part of a character, or white space, which servers write in their own ways: then there is
-    nothing to compare. An id that comes back (`token_id:17`) says nothing of the tokenizer, but must be the one sent.
+    nothing to compare. An id that comes back (`token_id:17`) does not show which tokenizer the server
+    has, but must be the one sent.
     """
     if token is None:
         return False
@@ -254,7 +254,7 @@ def _same_token(row: Row, at: int, token: str | None, texts: Texts) -> bool:
         same = not compared or _plain(token) in plain
     if not same:
         raise ServerError(
-            f"{row.place}: token {at} was sent as id {sent} ({texts.of(sent)[0]!r}), the server scores {token!r} "
+            f"{row.place}: token {at} was sent as id {sent} ({texts.of(sent)[0]!r}), the server read {token!r} "
             "there. Log-probs of other tokens are of no use: give the tokenizer of the served model, or serve a model "
             "with this one"
         )

@@ -1,0 +1,82 @@
+"""Pairs of token ids → one batch in the trainers' layout, and what a pair of token ids is.
+
+In: `TokenizedPair`s. Out: tensors [2B T], chosen rows first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+"""The label of tokens that are not trained: prompt and padding."""
+
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+"""Places [start, end) in a row of token ids, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPair:
+    """Token ids of one pair.
+
+    Attributes:
+        chosen_ids, rejected_ids: prompt and completion of each side.
+        chosen_prompt_length, rejected_prompt_length: the prompt tokens that stand before each completion.
+        chosen_unscored, rejected_unscored: places of the completion that do not count, as they are not the
+            assistant's: turns of users and tools between its own. Mostly there are none.
+        place: where the row came from (`file.jsonl:17`), for error messages.
+    """
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_prompt_length: int
+    rejected_prompt_length: int
+    chosen_unscored: Spans = ()
+    rejected_unscored: Spans = ()
+    place: str = "?"
+
+    @property
+    def chosen_mask(self) -> np.ndarray:
+        """True on the chosen side's completion tokens that count: bool [L]."""
+        return completion_mask(len(self.chosen_ids), self.chosen_prompt_length, self.chosen_unscored)
+
+    @property
+    def rejected_mask(self) -> np.ndarray:
+        """Likewise of the rejected side."""
+        return completion_mask(len(self.rejected_ids), self.rejected_prompt_length, self.rejected_unscored)
+
+    def sides(self) -> Iterator[tuple[str, list[int], np.ndarray]]:
+        """(name, ids, mask) of chosen and rejected."""
+        yield "chosen", self.chosen_ids, self.chosen_mask
+        yield "rejected", self.rejected_ids, self.rejected_mask
+
+
+def completion_mask(length: int, prompt_length: int, unscored: Spans = ()) -> np.ndarray:
+    """True on the completion tokens of a row, without those of other speakers: bool [length]."""
+    mask = np.arange(length) >= prompt_length
+    for start, end in unscored:
+        mask[start:end] = False
+    return mask
+
+
+def collate(pairs: Sequence[TokenizedPair], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One batch in the trainers' layout: [2B T] with the chosen rows first, padded on the right.
+
+    Returns:
+        input_ids int64 [2B T]; attention_mask int64 [2B T], 1 on tokens; completion_mask int64 [2B T], 1 on the tokens
+        of the completions that count.
+    """
+    sides = [(pair.chosen_ids, pair.chosen_mask) for pair in pairs]
+    sides += [(pair.rejected_ids, pair.rejected_mask) for pair in pairs]
+    shape = (len(sides), max(len(ids) for ids, _ in sides))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    attention_mask, completion = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for row, (ids, mask) in enumerate(sides):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        completion[row, : len(ids)] = torch.from_numpy(mask)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion}

@@ -1,0 +1,93 @@
+"""One preference row as text or messages, and how rows are split into training and evaluation.
+
+In: nothing. Out: `PreferenceRow`, what every schema is read into; `RowError`, what is said of a row that is none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+Messages: TypeAlias = list[Message]
+Prose: TypeAlias = "str | Messages"
+"""One side of a row, or its prompt: text that is tokenised as it is, or turns that go through a chat template."""
+
+
+SKIP = "--skip-malformed-rows leaves such rows out and counts them"
+"""What helps at one bad row among many."""
+
+
+class RowError(ValueError):
+    """A row that is no preference pair. The message names the file, the row, what was expected and what was got.
+
+    Attributes:
+        kind: a few words by which such rows are counted.
+    """
+
+    def __init__(self, message: str, kind: str = "malformed row") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRow:
+    """One pair, with the place it came from (`file.jsonl:17`) for error messages.
+
+    Attributes:
+        prompt, chosen, rejected: all three text, or all three lists of messages (`role`, `content` as text, and what
+            else a chat template reads, such as `tool_calls`).
+        tools: functions that the chat template is told of, as JSON schemas; None for none.
+        template_options: further variables of the chat template (`chat_template_kwargs` in TRL's rows).
+        schema: the name of the schema that it was read by.
+    """
+
+    prompt: Prose
+    chosen: Prose
+    rejected: Prose
+    place: str
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = field(default_factory=dict[str, Any])
+    schema: str = ""
+
+    @property
+    def prompt_key(self) -> str:
+        """What two rows with the same prompt share: rows are split for evaluation by it."""
+        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+
+
+def split_by_prompt(
+    rows: Sequence[PreferenceRow], fraction: float, seed: int
+) -> tuple[list[PreferenceRow], list[PreferenceRow]]:
+    """(training rows, evaluation rows): whole prompts are held out until `fraction` of the rows is reached.
+
+    Pairs that share a prompt stay on one side, so no prompt of the evaluation was seen in training.
+
+    Raises:
+        ValueError: `fraction` is outside [0, 1), or the rows have a single prompt, so that nothing can be held out.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"eval_fraction must be in [0, 1); got {fraction!r}")
+    if fraction == 0:
+        return list(rows), []
+    per_prompt = Counter(row.prompt_key for row in rows)
+    if len(per_prompt) < 2:
+        raise ValueError(
+            f"cannot hold pairs out: all {len(rows)} rows have the same prompt. Set eval_fraction to 0, or give "
+            "eval_pairs"
+        )
+    prompts = sorted(per_prompt)
+    random.Random(seed).shuffle(prompts)
+    held_out: set[str] = set()
+    taken = 0
+    for prompt in prompts[:-1]:
+        if taken >= fraction * len(rows):
+            break
+        held_out.add(prompt)
+        taken += per_prompt[prompt]
+    train = [row for row in rows if row.prompt_key not in held_out]
+    return train, [row for row in rows if row.prompt_key in held_out]

@@ -1,0 +1,295 @@
+"""Rows → the data set that TRL's trainer takes, with the ids of this library's reader; and the collator for it.
+
+In: rows as `read_rows` gives them, or a raw data set of any schema that the reader knows. Out: a data set in the layout
+of `DPOTrainer` (`prompt_ids`, and the completions as `chosen_ids`, `rejected_ids`), not yet cut to a length: the
+collator does that, with the same result as `tokenize_pairs`. What TRL's own preparation does otherwise, and why this
+one stands in its place, is told in `docs/data.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Sequence as ListOf
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from selective_pref_adapters import pairs
+from selective_pref_adapters.options import Truncation
+from selective_pref_adapters.pairs import (
+    PreferenceRow,
+    RowError,
+    Spans,
+    TokenizationReport,
+    encode_rows,
+    preference_row,
+)
+from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN
+
+logger = logging.getLogger(__name__)
+
+READ_ROW = "preference_row"
+"""The column of a data set that holds rows which are read already."""
+
+_MALFORMED = "malformed: "
+_SKIP = "skip_malformed_rows leaves such rows out and counts them"
+_SPANS = ListOf(ListOf(Value("int32")))
+_FEATURES = Features(
+    {
+        "prompt_ids": ListOf(Value("int32")),
+        "chosen_ids": ListOf(Value("int32")),
+        "rejected_ids": ListOf(Value("int32")),
+        "chosen_unscored": _SPANS,
+        "rejected_unscored": _SPANS,
+        "place": Value("string"),
+        "left_out": Value("string"),
+        "truncated": Value("bool"),
+        "merged": Value("bool"),
+        "tools_unread": Value("bool"),
+    }
+)
+TRAINED_COLUMNS = ("chosen_unscored", "rejected_unscored")
+"""What the collator reads beside TRL's own columns."""
+
+
+def dataset_of_rows(rows: Sequence[PreferenceRow]) -> Dataset:
+    """Rows that are read already as a data set that a trainer can be given."""
+    features = Features({READ_ROW: Value("large_string")})  # more than 2 GB of text in one column
+    return Dataset.from_dict({READ_ROW: [json.dumps(asdict(row)) for row in rows]}, features=features)
+
+
+def is_list_of_rows(data: Any) -> bool:
+    """Whether data are rows as `read_rows` gives them."""
+    return isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+
+
+def prepared(
+    dataset: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    max_length: int | None,
+    truncation_mode: Truncation,
+    columns: Mapping[str, str] | None = None,
+    skip_malformed_rows: bool = False,
+    num_proc: int | None = None,
+) -> Any:
+    """The data set with every row's ids, without the rows that nothing can be learnt from.
+
+    Args:
+        dataset: a `Dataset` or `IterableDataset`: raw rows, or those of `dataset_of_rows`. One that has `prompt_ids`
+            is returned as it is.
+        tokenizer: the policy's.
+        name: what the data set is called in error messages: ``train, row 17``.
+        max_length: tokens that the collator will keep; None for all.
+        truncation_mode: how it cuts.
+        columns: see `preference_row`.
+        skip_malformed_rows: leave out rows that are no pairs, and count them, instead of raising.
+        num_proc: processes.
+
+    Raises:
+        RowError: a row is no preference pair, or the chat template refuses it.
+        ValueError: no row is left.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"the {name} data set holds no rows")
+    if "prompt_ids" in first:
+        return dataset
+    streams = isinstance(dataset, IterableDataset)
+    limit = max_length or 2**31 - 1
+    how = {
+        "tokenizer": tokenizer,
+        "name": name,
+        "max_length": limit,
+        "mode": truncation_mode,
+        "columns": columns,
+        "skip": skip_malformed_rows,
+        "drop": streams,
+        "code": _code_digest(),
+    }
+    options: dict[str, Any] = {"batched": True, "batch_size": 512, "with_indices": True, "fn_kwargs": how}
+    if streams and WEIGHT_COLUMN in first:
+        raise ValueError(
+            f"the {name} data set is a stream whose rows have weights, and rows that are left out would shift them: "
+            "give a datasets.Dataset, or set stock_tokenization"
+        )
+    if streams:
+        return dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
+    weighted = {WEIGHT_COLUMN: dataset.features[WEIGHT_COLUMN]} if WEIGHT_COLUMN in first else {}
+    done = dataset.map(
+        _tokenized,
+        remove_columns=[column for column in dataset.column_names if column not in weighted],
+        features=Features({**_FEATURES, **weighted}),
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+        **options,
+    )
+    report, malformed = _report(done, limit, truncation_mode)
+    for line in [*report.lines(), *malformed]:
+        logger.warning("%s: %s", name, line)
+    if not report.kept:
+        raise ValueError(
+            f"none of {report.rows} pairs of the {name} data set can be trained on: {'; '.join(report.lines())}"
+        )
+    if report.kept < report.rows:
+        done = done.select([number for number, reason in enumerate(done["left_out"]) if not reason])
+    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread"])
+
+
+def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[TokenizationReport, list[str]]:
+    """What became of the rows, and a line about malformed ones where there are any."""
+    reasons = list(done["left_out"])
+    malformed = [reason for reason in reasons if reason.startswith(_MALFORMED)]
+    kept = [not reason for reason in reasons]
+
+    def count(column: str) -> int:
+        return sum(flag for flag, keep in zip(done[column], kept, strict=True) if keep)
+
+    report = TokenizationReport(
+        rows=len(reasons),
+        kept=sum(kept),
+        left_out=Counter(reason for reason in reasons if reason and not reason.startswith(_MALFORMED)),
+        truncated=count("truncated"),
+        boundary_merged=count("merged"),
+        tools_unread=count("tools_unread"),
+        max_length=max_length,
+        truncation_mode=mode,
+    )
+    first = malformed[0].removeprefix(_MALFORMED) if malformed else ""
+    return report, [f"{len(malformed)} malformed rows left out, the first: {first}"] if malformed else []
+
+
+def _code_digest() -> str:
+    """Of the reader's own code: prepared data that another version of it left in the cache are not taken."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(pairs.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _tokenized(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    tokenizer: Any,
+    name: str,
+    max_length: int,
+    mode: Truncation,
+    columns: Mapping[str, str] | None,
+    skip: bool,
+    drop: bool,
+    code: str,
+) -> dict[str, list[Any]]:
+    """A batch of rows as `Dataset.map` hands it over, with their ids; `code` only makes the cache's key."""
+    read: list[PreferenceRow | RowError] = []
+    for number, index in enumerate(indices):
+        raw = {column: values[number] for column, values in batch.items()}
+        try:
+            read.append(_row(raw, f"{name}, row {index}", columns))
+        except RowError as error:
+            if not skip:
+                raise RowError(f"{error}. {_SKIP}", error.kind) from error
+            read.append(error)
+    encoded = encode_rows([row for row in read if isinstance(row, PreferenceRow)], tokenizer)
+    out: dict[str, list[Any]] = {column: [] for column in _FEATURES}
+    for row in read:
+        one = _malformed(row) if isinstance(row, RowError) else _fitted(next(encoded), max_length, mode, skip)
+        if drop and one["left_out"]:
+            logger.warning("%s: a streamed pair is left out: %s", name, one["left_out"])
+            continue
+        for column, values in out.items():
+            values.append(one[column])
+    return out
+
+
+def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> PreferenceRow:
+    if READ_ROW in raw:
+        return PreferenceRow(**json.loads(raw[READ_ROW]))
+    return preference_row(raw, place, columns)
+
+
+def _malformed(error: RowError) -> dict[str, Any]:
+    empty: dict[str, Any] = {column: [] for column in _FEATURES if column.endswith(("ids", "unscored"))}
+    flags = {"truncated": False, "merged": False, "tools_unread": False}
+    return {**empty, **flags, "place": "", "left_out": f"{_MALFORMED}{error}"}
+
+
+def _fitted(encoded: Any, max_length: int, mode: Truncation, skip: bool) -> dict[str, Any]:
+    if encoded.error is not None:
+        if not skip:
+            raise RowError(f"{encoded.error}. {_SKIP}", encoded.error.kind) from encoded.error
+        return _malformed(encoded.error)
+    cut, reason = encoded.fit(max_length, mode)
+    pair = encoded.pair
+    start = pair.chosen_prompt_length
+    return {
+        "prompt_ids": pair.chosen_ids[:start],
+        "chosen_ids": pair.chosen_ids[start:],
+        "rejected_ids": pair.rejected_ids[start:],
+        "chosen_unscored": [list(span) for span in pair.chosen_unscored],
+        "rejected_unscored": [list(span) for span in pair.rejected_unscored],
+        "place": pair.place,
+        "left_out": reason or "",
+        "truncated": cut is not pair,
+        "merged": encoded.merged,
+        "tools_unread": encoded.tools_unread,
+    }
+
+
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator, in whose `completion_mask` only what the assistant says counts."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """As in TRL; `chosen_unscored` and `rejected_unscored` are places of prompt + completion that do not count."""
+        batch = super().torch_call(examples)
+        for number, example in enumerate(examples):
+            for side, row in (("chosen", number), ("rejected", number + len(examples))):
+                length = len(example["prompt_ids"]) + len(example[f"{side}_ids"])
+                cut = self.max_length is not None and self.truncation_mode == "keep_end"
+                gone = max(length - self.max_length, 0) if cut else 0
+                for start, end in example.get(f"{side}_unscored") or ():
+                    batch["completion_mask"][row, max(start - gone, 0) : max(end - gone, 0)] = 0
+        return batch
+
+
+def own_collator(collator: Any) -> Any:
+    """TRL's own collator as a `PairCollator`; any other as it is."""
+    return PairCollator(**vars(collator)) if type(collator) is DataCollatorForPreference else collator
+
+
+def check_collator(collator: Any, dataset: Any, name: str) -> None:
+    """Raises ValueError where a collator of one's own would train on what users and tools say."""
+    if isinstance(collator, PairCollator) or not isinstance(dataset, Dataset):
+        return
+    if set(TRAINED_COLUMNS) <= set(dataset.column_names) and any(
+        spans for column in TRAINED_COLUMNS for spans in dataset[column]
+    ):
+        raise ValueError(
+            f"completions of the {name} data set hold turns of users or tools, which do not count: derive "
+            "data_collator from selective_pref_adapters.trl_trainer.data.PairCollator, which reads chosen_unscored and "
+            "rejected_unscored"
+        )
+
+
+def mask_as_spans(mask: torch.Tensor) -> tuple[int, Spans]:
+    """(prompt length, unscored places) of a completion mask [L]."""
+    scored = [bool(flag) for flag in mask.tolist()]
+    start = scored.index(True) if True in scored else len(scored)
+    spans: list[tuple[int, int]] = []
+    for at in range(start, len(scored)):
+        if scored[at]:
+            continue
+        if spans and spans[-1][1] == at:
+            spans[-1] = (spans[-1][0], at + 1)
+        else:
+            spans.append((at, at + 1))
+    return start, tuple(spans)
