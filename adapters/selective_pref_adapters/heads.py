@@ -223,7 +223,9 @@ def _class_with_fused_head(own: Any) -> type:
             if layout is not None:
                 head = functools.partial(_call_head, self, statistics=statistics)
                 return layout.outputs(layout.states(self), head, completion_labels, by_row=by_row)
-        hidden = self.base_model(*args, **kwargs)[0][:, -completion_labels.shape[1] :]  # a soft prompt stands in front
+        hidden = self.base_model(*args, **kwargs)[0][
+            :, -completion_labels.shape[1] :
+        ]  # prompt tuning prepends virtual tokens
         return _call_head(self, hidden[:, :-1], completion_labels[:, 1:], statistics=statistics)
 
     functools.update_wrapper(forward, own.forward)
@@ -257,8 +259,8 @@ def _with_auxiliary_loss(causal: Any, forward: Callable[[], Any], labels: Tensor
 
     with _forward_replaced(causal.get_output_embeddings(), keep):
         auxiliary = forward().aux_loss
-    hidden = seen[0][:, -labels.shape[1] :]  # a soft prompt stands in front
-    return (*_call_head(causal, hidden[:, :-1], labels[:, 1:], True), auxiliary)
+    hidden = seen[0][:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
+    return (*_call_head(causal, hidden[:, :-1], labels[:, 1:], statistics=True), auxiliary)
 
 
 @torch.compiler.disable
