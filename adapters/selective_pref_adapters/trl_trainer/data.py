@@ -268,7 +268,7 @@ def check_collator(collator: Any, dataset: Any, name: str) -> None:
     ):
         raise ValueError(
             f"completions of the {name} data set hold turns of users or tools, which do not count: derive "
-            "data_collator from selective_pref_adapters.trl_data.PairCollator, which reads chosen_unscored and "
+            "data_collator from selective_pref_adapters.trl_trainer.data.PairCollator, which reads chosen_unscored and "
             "rejected_unscored"
         )
 
