@@ -358,7 +358,7 @@ def test_random_states_are_in_the_checkpoint(configure: Configure) -> None:
 
 
 def test_damage_falls_back_to_the_checkpoint_before(configure: Configure, uninterrupted: TrainResult) -> None:
-    config = configure("damaged")
+    config = configure("cut_off")
     stop_at(9)
     train(config)
     loop.step_engine = step_engine_of_the_loop
@@ -369,5 +369,9 @@ def test_damage_falls_back_to_the_checkpoint_before(configure: Configure, uninte
     with (Path(config.output_dir) / "metrics.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')  # cut short by a kill
     train(config)
+    summary = Path(config.output_dir) / "summary.json"
+    told = json.loads(summary.read_text())
+    assert "cannot be read: files are missing or cut off" in told["notes"].pop()
+    summary.write_text(json.dumps(told, indent=2) + "\n")  # without it, the run is the one that nothing disturbed
     check_equal(config, uninterrupted)
     assert json.loads((Path(config.output_dir) / "run.json").read_text())["processes"] == 1

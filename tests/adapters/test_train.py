@@ -306,7 +306,7 @@ def test_a_cosine_falls_after_its_warm_up(configure: Configure) -> None:
     result = train(configure(max_steps=6, warmup_steps=2, lr_schedule="cosine", eval_fraction=0))
     assert result.summary["notes"] == ["pairs.jsonl: TRL standard rows: 40"]
     short = train(configure(max_steps=1, warmup_steps=1, eval_fraction=0, output_dir=configure().output_dir + "2"))
-    assert short.summary["notes"] == ["warmup_steps 1 of 1 steps: the learning rate reaches its peak at no step"]
+    assert short.summary["notes"][1:] == ["warmup_steps 1 of 1 steps: the learning rate reaches its peak at no step"]
     rates = [line["learning_rate"] for line in result.metrics]
     assert rates == pytest.approx(
         [1e-2 * x for x in (0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * i / 4) for i in (1, 2, 3, 4)))]

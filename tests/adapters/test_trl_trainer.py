@@ -671,13 +671,13 @@ def test_rows_that_are_left_out_are_counted_and_none_left_is_an_error(
 ) -> None:
     long = [{"prompt": "w1 " * 70, "chosen": "w2", "rejected": "w3"}] * 3
     make(train_dataset=Dataset.from_list(ROWS[:5] + long))
-    assert "train: 3 of 8 rows are left out, since their prompt alone fills max_length 64" in caplog.text
+    assert "train: 3 of 8 pairs left out: no completion left after truncation" in caplog.text
     store = {"reference_store": str(tmp_path / "store")}
     for way in ({"train_dataset": Dataset.from_list(long)}, {"eval_dataset": Dataset.from_list(long)}):
         for more in ({}, store):
-            with pytest.raises(ValueError, match=r"nothing is left of the \w+ data set: every one of its 3 prompts"):
+            with pytest.raises(ValueError, match=r"none of 3 pairs of the \w+ data set can be trained on"):
                 make(**way, **more)
-    with pytest.raises(ValueError, match="nothing is left of the eval data set: empty"):
+    with pytest.raises(ValueError, match="the eval data set holds no rows"):
         make(eval_dataset=Dataset.from_list(ROWS).select([]))
 
 
