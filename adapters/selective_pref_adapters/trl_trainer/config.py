@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 from selective_pref import Objective, Response, ScoreFunction, SelectionRatio, alignment_scores, excess_loss_scores
-from selective_pref_adapters.named_losses import NamedLoss, check_pairs_can_be_weighted, unread_numbers
-from selective_pref_adapters.objectives import Schedule, check_objective, selective_objective
+from selective_pref_adapters.named_losses import check_pairs_can_be_weighted, unread_numbers
+from selective_pref_adapters.objectives import Schedule, check_objective, pair_loss, selective_objective
 from selective_pref_adapters.options import SelectionOptions, SharePrefix
 from selective_pref_adapters.pairs import parse_columns
 
@@ -154,18 +154,8 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
 
     def objective(self, step: int | None = None) -> Objective:
         """The loss as a callable (chosen, rejected) → PreferenceLoss; at an optimiser step, during the warm-up."""
-        loss = NamedLoss(
-            loss_type=self.loss_type,
-            loss_weights=self.loss_weights,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            f_divergence_type=self.f_divergence_type,
-            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
-            discopop_tau=self.discopop_tau,
-            ld_alpha=self.ld_alpha,
-        )
         ratio, scores = self.ratio(step), score_function(self.scores)
-        return selective_objective(self, loss, selection_ratio=ratio, scores=scores)
+        return selective_objective(self, pair_loss(self), selection_ratio=ratio, scores=scores)
 
 
 def one_or_two(ratio: Any) -> Any:
