@@ -84,7 +84,7 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.objectives import loss_of_batch, selects
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate, pair_weights
 from selective_pref_adapters.reference_store import ReferenceStore
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
 
@@ -252,7 +252,10 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.anchor, run.scorer)]
     batch = {name: first_pairs(tensor, count) for name, tensor in batch.items()}
-    return loss_of_batch(run.objective, batch, *(None if some is None else first_pairs(some, count) for some in logps))
+    logps = [None if some is None else first_pairs(some, count) for some in logps]
+    weights = pair_weights(pairs[:count])
+    weights = None if weights is None else weights.to(run.engine.device)
+    return loss_of_batch(run.objective, batch, *logps, pair_weights=weights)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:

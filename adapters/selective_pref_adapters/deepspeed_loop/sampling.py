@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -109,7 +110,8 @@ def evaluation_batches(
     """
     own = list(pairs[rank::world_size])
     rows = math.ceil(len(pairs) / world_size)
-    filled = [*own, *[FILLER] * (rows - len(own))]
+    filler = FILLER if not pairs or pairs[0].weight is None else replace(FILLER, weight=1.0)
+    filled = [*own, *[filler] * (rows - len(own))]
     starts = range(0, rows, size)
     return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]
 

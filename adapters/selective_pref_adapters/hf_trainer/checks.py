@@ -22,8 +22,9 @@ from selective_pref_adapters.model_checks import (
     check_trainable,
 )
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
-from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
-from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.models import check_token_ids, context_length, has_dropout, keep_trainable_in_4_bits
+from selective_pref_adapters.named_losses import check_pair_weights, weights_line
+from selective_pref_adapters.objectives import Schedule, as_names
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 def check_policy(trainer: Trainer) -> None:
     """Raises ValueError at a policy that would learn nothing, could not be saved, or lose a part of its loss."""
+    keep_trainable_in_4_bits(trainer.model)
     check_trainable(trainer.model)
     if trainer.compute_loss_func.reads_reference and has_dropout(trainer.model):
         logger.warning("%s", _DROPOUT)
@@ -139,11 +141,20 @@ def check_schedules(loss: SelectivePreferenceLoss, schedules: Mapping[str, Sched
             loss.check(**{name: value})
 
 
-def check_rows(name: str, dataset: Any, collator: PreferenceCollator, models: Mapping[str, Any]) -> None:
-    """Raises where a row is no pair, is longer or has other ids than a model can read, or is not in a store."""
+def check_rows(
+    name: str, dataset: Any, collator: PreferenceCollator, loss: SelectivePreferenceLoss, models: Mapping[str, Any]
+) -> None:
+    """Raises where a row is no pair, is longer or has other ids than a model can read, or is not in a store.
+
+    Raises also where rows have weights that their losses cannot be multiplied by.
+    """
     pairs = collator.pairs(dataset, name)
     if not pairs:
         raise ValueError(f"{name} is empty")
+    weights = [pair.weight for pair in pairs]
+    check_pair_weights(weights, as_names(loss.options["loss_type"]), name)
+    for line in weights_line(weights):
+        logger.info("%s: %s", name, line)
     longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
     for who, model in models.items():

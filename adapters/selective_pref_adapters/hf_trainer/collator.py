@@ -17,10 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
 from selective_pref_adapters.models import pad_token_id, usable_length
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
-from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
+from selective_pref_adapters.pairs import (
+    RowError,
+    TokenizedPair,
+    Tokenizer,
+    checked_weight,
+    collate,
+    pair_weights,
+    preference_row,
+    tokenize_pairs,
+)
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
@@ -28,7 +37,7 @@ _SPANS = ("chosen_unscored", "rejected_unscored")
 
 
 class PreferenceLabels(dict[str, Any]):
-    """The `labels` of a batch: its three tensors [2B T+1], stored reference log-probs as bits, and the rows' places.
+    """The `labels` of a batch: its three tensors [2B T+1], stored log-probs and weights as bits, and the rows' places.
 
     The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one per
     pair.
@@ -120,6 +129,8 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
+        if (weights := pair_weights(pairs)) is not None:
+            labels[PAIR_WEIGHTS] = to_bits(weights)
         for key, store in ((REF_LOGPS, self.ref_store), (SCORING_REF_LOGPS, self.scoring_ref_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))
@@ -141,7 +152,8 @@ class PreferenceCollator:
         place = str(row.get("place", place))
         if set(_IDS) <= row.keys():
             spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
-            return TokenizedPair(**{name: row[name] for name in _IDS}, **spans, place=place)
+            weight = None if row.get("weight") is None else checked_weight(row["weight"], place)
+            return TokenizedPair(**{name: row[name] for name in _IDS}, **spans, place=place, weight=weight)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)

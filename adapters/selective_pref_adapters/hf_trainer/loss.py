@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
 from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import (
     MetricWindow,
@@ -186,9 +186,11 @@ class SelectivePreferenceLoss:
         def losses_of(pairs: np.ndarray) -> PreferenceLoss:
             chosen = np.flatnonzero(pairs) if pairs.any() else np.arange(len(pairs))
             rows: Any = torch.from_numpy(np.concatenate([chosen, chosen + len(pairs)])).to(logps.device)
-            rows = slice(None) if pairs.all() else rows
+            firsts, rows = (slice(None), slice(None)) if pairs.all() else (rows[: len(chosen)], rows)
             some = [None if ref is None else ref[rows] for ref in refs.values()]
-            return loss_of_batch(objective, {"completion_mask": labels["completion_mask"][rows]}, logps[rows], *some)
+            batch = {"completion_mask": labels["completion_mask"][rows]}
+            weights = from_bits(labels[PAIR_WEIGHTS])[firsts] if PAIR_WEIGHTS in labels else None
+            return loss_of_batch(objective, batch, logps[rows], *some, pair_weights=weights)
 
         kept = np.ones(labels.pairs, dtype=bool)
         out = losses_of(kept)

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from selective_pref_adapters.pairs.messages import json_or, prose, turns
-from selective_pref_adapters.pairs.rows import Messages, PreferenceRow, Prose, RowError
+from selective_pref_adapters.pairs.rows import Messages, PreferenceRow, Prose, RowError, checked_weight
 from selective_pref_adapters.pairs.split import split_pair
 
 Columns = Mapping[str, str]
 """Name here → column of the file."""
 Sides = tuple["Prose | None", Prose, Prose]
 
-NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
+NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "weight")
 """What `columns` may name."""
-_ALWAYS = ("tools", "chat_template_kwargs")
+_ALWAYS = ("tools", "chat_template_kwargs", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,9 @@ def preference_row(row: Any, place: str, columns: Columns | None = None) -> Pref
     Args:
         row: what a file or a data set holds: a dict.
         place: where it came from, for error messages.
-        columns: which columns hold `prompt`, `chosen`, `rejected`, `system`, `tools`, `chat_template_kwargs`, where
-            they have other names than the schema that the row would be read by. Other columns are then not looked at.
+        columns: which columns hold `prompt`, `chosen`, `rejected`, `system`, `tools`, `chat_template_kwargs`,
+            `weight`, where they have other names than the schema that the row would be read by. Other columns are then
+            not looked at.
 
     Raises:
         RowError: it is no preference pair, or a part of its prompt might be lost.
@@ -98,6 +99,7 @@ def preference_row(row: Any, place: str, columns: Columns | None = None) -> Pref
         tools=tools,
         template_options=options,
         schema=_name_of(schema, prompt, "prompt" in filled),
+        weight=checked_weight(filled["weight"], place) if "weight" in filled else None,
     )
 
 

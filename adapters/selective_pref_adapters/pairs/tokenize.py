@@ -10,7 +10,7 @@ once: an EOS is added to text that has none, and one that a text, a template or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tqdm.auto import tqdm
@@ -168,14 +168,14 @@ def truncate(pair: TokenizedPair, max_length: int, mode: Truncation) -> Tokenize
     rejected_ids, rejected_prompt, rejected_unscored = _cut(
         pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_unscored, max_length, mode
     )
-    return TokenizedPair(
+    return replace(
+        pair,
         chosen_ids=chosen_ids,
         rejected_ids=rejected_ids,
         chosen_prompt_length=chosen_prompt,
         rejected_prompt_length=rejected_prompt,
         chosen_unscored=chosen_unscored,
         rejected_unscored=rejected_unscored,
-        place=pair.place,
     )
 
 
@@ -236,6 +236,7 @@ def _encoded(row: PreferenceRow, texts: tuple[str, str, str], ids: dict[str, lis
         chosen_unscored=unscored[0],
         rejected_unscored=unscored[1],
         place=row.place,
+        weight=row.weight,
     )
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)
     reason = _nothing_in(row, how) or (None if seen else UNSEEN)

@@ -14,7 +14,12 @@ from datasets import Dataset
 
 from selective_pref import Objective
 from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
-from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
+from selective_pref_adapters.models import (
+    check_same_tokenizer,
+    check_token_ids,
+    keep_trainable_in_4_bits,
+    own_vocabulary,
+)
 from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
@@ -72,11 +77,7 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
         check_token_ids(
             max(own_vocabulary(tokenizer).values()), {"reference": reference}, where="the policy's tokenizer: "
         )
-    if getattr(model, "is_loaded_in_4bit", False) and trainer.accelerator.device.type == "cpu":
-        raise ValueError(
-            "the policy's weights have 4 bits, and on a CPU bitsandbytes packs them for inference alone as soon as the "
-            "reference is scored: train it on a GPU, or load it without quantization"
-        )
+    keep_trainable_in_4_bits(model)
     check_trainable(model)
     for note in check_savable(model, tokenizer):
         logger.warning("%s", note)
