@@ -36,7 +36,7 @@ SIGNS = {
         "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
     ),
     "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
-    "find them and score them again",
+    "find them and compute their log-probs again",
     "ties": (
         "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
         "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "

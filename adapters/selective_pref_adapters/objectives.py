@@ -33,9 +33,6 @@ from selective_pref_adapters.batch import Batch, responses
 from selective_pref_adapters.named_losses import NamedLoss, check_name, unread_numbers
 from selective_pref_adapters.options import UNREAD, LossOptions, SelectionOptions
 
-NEEDS_REFERENCE = ("selective_dpo", "dpo")
-"""Objectives that compare the policy with a reference; the others read none."""
-
 
 def make_objective(name: str, **numbers: Any) -> Objective:
     """The loss that a configuration names, with its numbers bound; those it does not read are ignored here.

@@ -118,7 +118,7 @@ class TrainInputs:
     reference_space: str | None = None
     """Which reference's log-probs to read, where reference_store holds those of several."""
     scoring_ref_model: str | None = None
-    """A second reference that scores the tokens, while the first anchors the reward."""
+    """A second reference, from which scores are made, while the first anchors the reward."""
     scoring_reference_store: str | None = None
     """Likewise, from a store."""
     scoring_reference_space: str | None = None

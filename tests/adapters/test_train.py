@@ -242,8 +242,8 @@ def test_two_references_one_to_score_and_one_to_anchor(
         "output_dir": str(tmp_path / "stored"),
     }
     assert_same_metrics(train(configure(max_steps=3, **stores)).metrics, online.metrics)
-    assert online.summary["before"]["eval_rewards/margins"] == 0  # of the anchor
-    assert online.summary["before"]["eval_selection/tied_fraction"] < 0.5  # of the scorer
+    assert online.summary["before"]["eval_rewards/margins"] == 0  # of the reference
+    assert online.summary["before"]["eval_selection/tied_fraction"] < 0.5  # of the scoring reference
     assert not any("equals the initial policy" in note for note in online.summary["notes"])
     with pytest.raises(ValueError, match="Give the name of one"):
         train(configure(**{**stores, "reference_space": None, "output_dir": str(tmp_path / "third")}))

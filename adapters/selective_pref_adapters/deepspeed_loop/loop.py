@@ -97,8 +97,8 @@ class Run:
     engine: Any
     scheduler: Any
     objective: Objective
-    anchor: Reference | None
-    scorer: Reference | None
+    reference: Reference | None
+    scoring_reference: Reference | None
     pad_token_id: int
     rank: int
     world_size: int
@@ -127,11 +127,11 @@ def train(config: TrainConfig) -> TrainResult:
 
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, dtype=config.dtype)
-    anchor = open_reference(config, tokenizer, config.ref_model, config.reference_store, config.reference_space)
-    scorer = open_reference(
+    reference = open_reference(config, tokenizer, config.ref_model, config.reference_store, config.reference_space)
+    scoring_reference = open_reference(
         config, tokenizer, config.scoring_ref_model, config.scoring_reference_store, config.scoring_reference_space
     )
-    sources = {"reference": anchor, "scoring reference": scorer}
+    sources = {"reference": reference, "scoring reference": scoring_reference}
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
     notes = check_policy(policy, tokenizer)
@@ -141,7 +141,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
     notes += about_pairs
     if config.objective == "selective_dpo" and selects(config.selection_ratio, config.min_score):
-        notes += [SELF_REFERENCE] if is_initial_policy(scorer or anchor, policy) else []
+        notes += [SELF_REFERENCE] if is_initial_policy(scoring_reference or reference, policy) else []
     per_step = pairs_per_step(config, world_size)
     steps = number_of_steps(config, len(train_pairs), per_step)
     check_space(output_dir, policy, steps, config)
@@ -160,8 +160,8 @@ def train(config: TrainConfig) -> TrainResult:
         engine=engine,
         scheduler=scheduler,
         objective=configured_objective(config),
-        anchor=anchor,
-        scorer=scorer,
+        reference=reference,
+        scoring_reference=scoring_reference,
         pad_token_id=pad_token_id(tokenizer),
         rank=rank,
         world_size=world_size,
@@ -250,7 +250,7 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
     """Token ids of a batch → log-probs of policy and references → losses of its first `count` pairs (None: of all)."""
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
-    logps += [None if reference is None else reference(batch) for reference in (run.anchor, run.scorer)]
+    logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
     batch = {name: first_pairs(tensor, count) for name, tensor in batch.items()}
     return loss_of_batch(run.objective, batch, *(None if some is None else first_pairs(some, count) for some in logps))
 

@@ -199,7 +199,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 self._warn("self_reference")
 
     def _starts_at_the_reference(self) -> bool:
-        """Whether the reference that scores is the initial policy; False where only the first step can tell."""
+        """Whether the reference of the scores is the initial policy; False where only the first step can tell."""
         references = self.loss.references
         reference = references.get(SCORING_REF_LOGPS) or references.get(REF_LOGPS)
         return not self.trainer.is_fsdp_enabled and is_initial_policy(reference, self.trainer.model)

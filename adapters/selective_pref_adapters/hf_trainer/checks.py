@@ -106,9 +106,9 @@ def check_resumable(trainer: Trainer) -> None:
 def check_references(trainer: Trainer) -> None:
     """Raises ValueError unless there is exactly one reference where the objective reads one."""
     loss, stores = trainer.compute_loss_func, trainer.data_collator.stores
-    for key, name in ((REF_LOGPS, "ref"), (SCORING_REF_LOGPS, "scoring_ref")):
-        given = [option for option in (f"{name}_store",) if option in stores]
-        given += [f"{name}_model"] if key in loss.references else []
+    for key, prefix in ((REF_LOGPS, ""), (SCORING_REF_LOGPS, "scoring_")):
+        given = [option for option in (f"{prefix}reference_store",) if option in stores]
+        given += [f"{prefix}ref_model"] if key in loss.references else []
         if len(given) > 1:
             raise ValueError(f"both {given[0]} and {given[1]} are given: leave one of them out")
         if given and not loss.reads_reference:

@@ -24,7 +24,7 @@ from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, co
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
-_SPANS = ("chosen_unscored", "rejected_unscored")
+_SPANS = ("chosen_uncounted", "rejected_uncounted")
 
 
 class PreferenceLabels(dict[str, Any]):
@@ -71,8 +71,8 @@ class PreferenceCollator:
         max_length: tokens of prompt + completion of a raw row; None for what policy and references can read, at most
             the paper's 4096. `SelectionCallback` sets it, and refuses more than they can read.
         truncation_mode: of raw rows, as in `tokenize_pairs`.
-        ref_store: where stored reference log-probs are looked up; None for a reference that runs beside the policy.
-        scoring_ref_store: likewise of a reference that scores tokens (Eq. 6), where it is another than the anchor.
+        reference_store: where stored reference log-probs are looked up; None for a reference that runs.
+        scoring_reference_store: likewise, of a second reference from which scores are made (Eq. 6).
         share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
             heads and the models allow it; `off` does not.
         fused_head: whether to ask the model for log-probs instead of logits; `SelectionCallback` sets it.
@@ -81,8 +81,8 @@ class PreferenceCollator:
     tokenizer: Tokenizer
     max_length: int | None = None
     truncation_mode: Truncation = "keep_start"
-    ref_store: ReferenceStore | None = None
-    scoring_ref_store: ReferenceStore | None = None
+    reference_store: ReferenceStore | None = None
+    scoring_reference_store: ReferenceStore | None = None
     share_prefix: SharePrefix = "auto"
     fused_head: bool = field(default=False, init=False)
 
@@ -107,7 +107,7 @@ class PreferenceCollator:
     @property
     def stores(self) -> dict[str, ReferenceStore]:
         """The stores that there are, by name."""
-        both = {"ref_store": self.ref_store, "scoring_ref_store": self.scoring_ref_store}
+        both = {"reference_store": self.reference_store, "scoring_reference_store": self.scoring_reference_store}
         return {name: store for name, store in both.items() if store is not None}
 
     def __call__(self, rows: Iterable[Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
-        for key, store in ((REF_LOGPS, self.ref_store), (SCORING_REF_LOGPS, self.scoring_ref_store)):
+        for key, store in ((REF_LOGPS, self.reference_store), (SCORING_REF_LOGPS, self.scoring_reference_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}

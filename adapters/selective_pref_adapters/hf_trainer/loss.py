@@ -42,7 +42,7 @@ from selective_pref_adapters.references import AdapterOffReference, RunningRefer
 DISTANCE = "distance"  # of policy and reference; read by `SelectionCallback`, not logged
 NO_REFERENCE = (
     "objective {objective!r} compares the policy with a reference, and there is none: give "
-    "SelectivePreferenceLoss(ref_model=...) or PreferenceCollator(ref_store=...)"
+    "SelectivePreferenceLoss(ref_model=...) or PreferenceCollator(reference_store=...)"
 )
 
 
@@ -55,8 +55,8 @@ class SelectivePreferenceLoss:
     Args:
         objective: "selective_dpo", "dpo", "simpo", "sft", or any callable (chosen, rejected) → PreferenceLoss.
         ref_model: a reference that runs beside the policy: a model with the same tokenizer, or the policy itself where
-            it is a PEFT model (its adapters are then switched off). None where the collator has a `ref_store`.
-        scoring_ref_model: a reference that scores tokens (Eq. 6), where it is another than the one that anchors.
+            it is a PEFT model (its adapters are then switched off). None where the collator has a `reference_store`.
+        scoring_ref_model: a second reference from which scores are made (Eq. 6), while the first anchors the reward.
         non_finite: "raise" stops on every process, before the gradient reaches the weights, when a loss is not finite;
             "skip" leaves the pairs out whose *reference* is broken and counts them. A broken policy always raises.
         options: the fields of `LossOptions` (beta, selection_ratio, …) that are not to have their defaults;
@@ -253,7 +253,7 @@ def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> An
     """A reference made ready as the `Trainer` makes the policy ready: on its device, in its precision, sharded like it.
 
     Policy and reference must differ by their weights only. Under `bf16=True` the policy runs in autocast, or DeepSpeed
-    casts its weights; a reference that did not would be scored by other numbers.
+    casts its weights; a reference that did not would compute other log-probs from equal weights.
     """
     accelerator = trainer.accelerator
     if not trainer.is_deepspeed_enabled:

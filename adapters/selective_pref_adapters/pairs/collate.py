@@ -26,7 +26,7 @@ class TokenizedPair:
     Attributes:
         chosen_ids, rejected_ids: prompt and completion of each side.
         chosen_prompt_length, rejected_prompt_length: the prompt tokens that stand before each completion.
-        chosen_unscored, rejected_unscored: places of the completion that do not count, as they are not the
+        chosen_uncounted, rejected_uncounted: places of the completion that do not count, as they are not the
             assistant's: turns of users and tools between its own. Mostly there are none.
         place: where the row came from (`file.jsonl:17`), for error messages.
     """
@@ -35,19 +35,19 @@ class TokenizedPair:
     rejected_ids: list[int]
     chosen_prompt_length: int
     rejected_prompt_length: int
-    chosen_unscored: Spans = ()
-    rejected_unscored: Spans = ()
+    chosen_uncounted: Spans = ()
+    rejected_uncounted: Spans = ()
     place: str = "?"
 
     @property
     def chosen_mask(self) -> np.ndarray:
         """True on the chosen side's completion tokens that count: bool [L]."""
-        return completion_mask(len(self.chosen_ids), self.chosen_prompt_length, self.chosen_unscored)
+        return completion_mask(len(self.chosen_ids), self.chosen_prompt_length, self.chosen_uncounted)
 
     @property
     def rejected_mask(self) -> np.ndarray:
         """Likewise of the rejected side."""
-        return completion_mask(len(self.rejected_ids), self.rejected_prompt_length, self.rejected_unscored)
+        return completion_mask(len(self.rejected_ids), self.rejected_prompt_length, self.rejected_uncounted)
 
     def sides(self) -> Iterator[tuple[str, list[int], np.ndarray]]:
         """(name, ids, mask) of chosen and rejected."""
@@ -55,10 +55,10 @@ class TokenizedPair:
         yield "rejected", self.rejected_ids, self.rejected_mask
 
 
-def completion_mask(length: int, prompt_length: int, unscored: Spans = ()) -> np.ndarray:
+def completion_mask(length: int, prompt_length: int, uncounted: Spans = ()) -> np.ndarray:
     """True on the completion tokens of a row, without those of other speakers: bool [length]."""
     mask = np.arange(length) >= prompt_length
-    for start, end in unscored:
+    for start, end in uncounted:
         mask[start:end] = False
     return mask
 

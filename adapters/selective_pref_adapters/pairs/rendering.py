@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from selective_pref_adapters.pairs.collate import Spans
 from selective_pref_adapters.pairs.rows import Messages, PreferenceRow, Prose, RowError
-from selective_pref_adapters.pairs.turns import TEMPLATE_ERRORS, unscored_spans
+from selective_pref_adapters.pairs.turns import TEMPLATE_ERRORS, uncounted_spans
 
 Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 
@@ -92,14 +92,14 @@ class Rendering:
             bare = bare[: -len(self.eos)].rstrip()
         return bare
 
-    def unscored(self, row: PreferenceRow, side: Prose, text: str, ids: list[int], boundary: int) -> Spans | None:
-        """See `unscored_spans`."""
+    def uncounted(self, row: PreferenceRow, side: Prose, text: str, ids: list[int], boundary: int) -> Spans | None:
+        """See `uncounted_spans`."""
         messages, first = [*row.prompt, *side], len(row.prompt)
 
         def render(some: Messages, **options: Any) -> Any:
             return self.render(row, some, **options)
 
-        return unscored_spans(self.tokenizer, self.template(row.tools), render, messages, first, text, ids, boundary)
+        return uncounted_spans(self.tokenizer, self.template(row.tools), render, messages, first, text, ids, boundary)
 
     @cached_property
     def _added_end(self) -> list[int]:

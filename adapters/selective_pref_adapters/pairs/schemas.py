@@ -171,7 +171,7 @@ def _check_nothing_lost(row: Mapping[str, Any], schema: Schema, prompt: Prose, p
 
 def _lost(name: str, schema: Schema, place: str) -> str:
     remedy = (
-        "only text is scored: remove such rows, or the column if the text does not refer to it"
+        "only text is trained on: remove such rows, or the column if the text does not refer to it"
         if name in _PICTURES
         else f"if it is the prompt, or a part of it, name it: --columns prompt={name},chosen=…,rejected=…; if it is "
         "not, name the right one so"

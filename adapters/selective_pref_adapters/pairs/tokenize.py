@@ -94,7 +94,7 @@ def tokenize_pairs(
         truncation_mode: "keep_start" cuts the end of what is too long (and leaves out rows whose prompt alone fills
             `max_length`); "keep_end" cuts the start.
         keep_unteachable: keep pairs with two equal sides, or with an empty one that is its EOS alone, as long as
-            completion tokens are left. TRL's own tokenisation keeps them, so whoever scores for it must have them.
+            completion tokens are left. TRL's own tokenisation keeps them, so a store for it must hold them.
         malformed: None to raise where the chat template refuses a row; or a list that collects the messages of such
             rows, which are then left out.
         progress: show a bar.
@@ -162,31 +162,31 @@ def truncate(pair: TokenizedPair, max_length: int, mode: Truncation) -> Tokenize
     """The pair with each side cut to a length; the pair itself where both are short enough."""
     if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
         return pair
-    chosen_ids, chosen_prompt, chosen_unscored = _cut(
-        pair.chosen_ids, pair.chosen_prompt_length, pair.chosen_unscored, max_length, mode
+    chosen_ids, chosen_prompt, chosen_uncounted = _cut(
+        pair.chosen_ids, pair.chosen_prompt_length, pair.chosen_uncounted, max_length, mode
     )
-    rejected_ids, rejected_prompt, rejected_unscored = _cut(
-        pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_unscored, max_length, mode
+    rejected_ids, rejected_prompt, rejected_uncounted = _cut(
+        pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_uncounted, max_length, mode
     )
     return TokenizedPair(
         chosen_ids=chosen_ids,
         rejected_ids=rejected_ids,
         chosen_prompt_length=chosen_prompt,
         rejected_prompt_length=rejected_prompt,
-        chosen_unscored=chosen_unscored,
-        rejected_unscored=rejected_unscored,
+        chosen_uncounted=chosen_uncounted,
+        rejected_uncounted=rejected_uncounted,
         place=pair.place,
     )
 
 
 def _cut(
-    ids: list[int], prompt_length: int, unscored: Spans, max_length: int, mode: Truncation
+    ids: list[int], prompt_length: int, uncounted: Spans, max_length: int, mode: Truncation
 ) -> tuple[list[int], int, Spans]:
     if len(ids) <= max_length:
-        return ids, prompt_length, unscored
+        return ids, prompt_length, uncounted
     first = 0 if mode == "keep_start" else len(ids) - max_length
     last = first + max_length
-    spans = tuple((max(s, first) - first, min(e, last) - first) for s, e in unscored if s < last and e > first)
+    spans = tuple((max(s, first) - first, min(e, last) - first) for s, e in uncounted if s < last and e > first)
     return ids[first:last], min(max(prompt_length - first, 0), max_length), spans
 
 
@@ -222,19 +222,19 @@ def _encoded(row: PreferenceRow, texts: tuple[str, str, str], ids: dict[str, lis
         chosen, rejected = how.one_end(chosen), how.one_end(rejected)
         prompt = how.without_end(prompt)
     boundary = min(_shared(prompt, chosen), _shared(prompt, rejected))
-    unscored: list[Spans] = []
+    uncounted: list[Spans] = []
     seen = True
     for side, text, side_ids in ((row.chosen, texts[1], chosen), (row.rejected, texts[2], rejected)):
-        spans = how.unscored(row, side, text, side_ids, boundary) if has_other_turns(side) else ()
+        spans = how.uncounted(row, side, text, side_ids, boundary) if has_other_turns(side) else ()
         seen = seen and spans is not None
-        unscored.append(((boundary, len(side_ids)),) if spans is None else spans)
+        uncounted.append(((boundary, len(side_ids)),) if spans is None else spans)
     pair = TokenizedPair(
         chosen_ids=chosen,
         rejected_ids=rejected,
         chosen_prompt_length=boundary,
         rejected_prompt_length=boundary,
-        chosen_unscored=unscored[0],
-        rejected_unscored=unscored[1],
+        chosen_uncounted=uncounted[0],
+        rejected_uncounted=uncounted[1],
         place=row.place,
     )
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)

@@ -34,7 +34,7 @@ def has_other_turns(completion: Any) -> bool:
     return not isinstance(completion, str) and any(message["role"] != "assistant" for message in completion)
 
 
-def unscored_spans(
+def uncounted_spans(
     tokenizer: Any, template: str, render: Render, messages: Messages, first: int, text: str, ids: list[int], start: int
 ) -> Spans | None:
     """The tokens of a completion that are not the assistant's, or None where it cannot be told.
@@ -87,11 +87,11 @@ def _answers(messages: Messages, first: int, text: str, render: Render) -> list[
     return answers
 
 
-def _runs(unscored: list[bool], start: int) -> Spans:
+def _runs(uncounted: list[bool], start: int) -> Spans:
     """The runs of True from `start` on, as [start, end)."""
     runs: list[tuple[int, int]] = []
-    for at in range(start, len(unscored)):
-        if not unscored[at]:
+    for at in range(start, len(uncounted)):
+        if not uncounted[at]:
             continue
         if runs and runs[-1][1] == at:
             runs[-1] = (runs[-1][0], at + 1)

@@ -57,7 +57,7 @@ _OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)] 
 
 
 def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
-    """Raises at models that cannot be trained, saved or compared; before any row is scored.
+    """Raises at models that cannot be trained, saved or compared; before they compute log-probs of a row.
 
     Args:
         trainer: a `DPOTrainer` whose models are there.
@@ -75,7 +75,7 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
     if getattr(model, "is_loaded_in_4bit", False) and trainer.accelerator.device.type == "cpu":
         raise ValueError(
             "the policy's weights have 4 bits, and on a CPU bitsandbytes packs them for inference alone as soon as the "
-            "reference is scored: train it on a GPU, or load it without quantization"
+            "reference computes log-probs: train it on a GPU, or load it without quantization"
         )
     check_trainable(model)
     for note in check_savable(model, tokenizer):

@@ -13,7 +13,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import trl
@@ -74,9 +74,10 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         scores: what tokens are selected by: "alignment" (Eq. 6), "excess_loss", "random", or "module:function" for a
             function (chosen, rejected) → scores of both. In code the function itself may be given.
         reference_store: folder of stored reference log-probs, read instead of running a reference. With a `ref_model`
-            or `precompute_ref_log_probs`, what it lacks is scored before training.
+            or `precompute_ref_log_probs`, what it lacks is computed before training.
         reference_space: which reference of that folder (its name or label), where it holds several.
-        raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
+        non_finite: "raise" stops on all processes before a loss that is not finite reaches the weights; "ignore" goes
+            on with it, as `DPOTrainer` does.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
         picture_pairs: at each evaluation, keep the selection of so many pairs, the first of the evaluation set, as
             `selection/step-….svg` and `.json` in the output folder, and as an image in every tracker.
@@ -111,8 +112,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     reference_space: str | None = field(
         default=None, metadata={"help": "Which reference of that folder, where it holds several."}
     )
-    raise_on_non_finite: bool = field(
-        default=True, metadata={"help": "Stop on all processes before a loss that is not finite reaches the weights."}
+    non_finite: Literal["raise", "ignore"] = field(
+        default="raise",
+        metadata={"help": "At a loss that is NaN or infinite: stop on all processes, or go on as DPOTrainer does."},
     )
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
     picture_pairs: int = field(
@@ -247,6 +249,8 @@ def check_options(args: SelectiveDPOConfig) -> None:
             raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}")
+    if args.non_finite not in ("raise", "ignore"):
+        raise ValueError(f"non_finite must be 'raise' or 'ignore'; got {args.non_finite!r}")
     for name in ("selection_warmup_steps", "picture_pairs"):
         if getattr(args, name) < 0:
             raise ValueError(f"{name} must be at least 0; got {getattr(args, name)}")

@@ -35,7 +35,8 @@ def check_stored_dataset(dataset: Any) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`precompute_ref_log_probs=True` and `reference_store` are not supported with {type(dataset).__name__}: "
-            "rows are scored, or looked up, before training. Give a datasets.Dataset, or a ref_model and leave both out"
+            "log-probs are computed, or looked up, before training. Give a datasets.Dataset, or a ref_model and leave "
+            "both out"
         )
 
 
@@ -54,15 +55,15 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
             attended = batch["attention_mask"][row] != 0
             ids = batch["input_ids"][row][attended].tolist()
             sides.append((ids, *mask_as_spans(batch["completion_mask"][row][attended] != 0)))
-        (chosen_ids, chosen_start, chosen_unscored), (rejected_ids, rejected_start, rejected_unscored) = sides
+        (chosen_ids, chosen_start, chosen_uncounted), (rejected_ids, rejected_start, rejected_uncounted) = sides
         pairs.append(
             TokenizedPair(
                 chosen_ids=chosen_ids,
                 rejected_ids=rejected_ids,
                 chosen_prompt_length=chosen_start,
                 rejected_prompt_length=rejected_start,
-                chosen_unscored=chosen_unscored,
-                rejected_unscored=rejected_unscored,
+                chosen_uncounted=chosen_uncounted,
+                rejected_uncounted=rejected_uncounted,
                 place=example.get("place", f"{name}, row {number}"),
             )
         )

@@ -257,9 +257,9 @@ class SelectiveDPOTrainer(DPOTrainer):
         ref_logps = self.reference.logps_of(inputs)
         pair_weights = self._pair_weights(inputs, logps, statistics)
         out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=pair_weights)
-        if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
+        if self.args.non_finite == "raise" and not finite_everywhere(out.losses):
             error = non_finite_error(out, self._where)
-            raise NonFiniteError(f"{error}. With raise_on_non_finite=False the run goes on regardless") from error
+            raise NonFiniteError(f"{error}. With non_finite='ignore' the run goes on, as with DPOTrainer") from error
         pairs = len(out.losses)
         own = pairs if self._mode == "train" else own_pairs(pairs)
         self._add_metrics(inputs, out, logps, ref_logps, statistics, auxiliary, own)
@@ -301,7 +301,7 @@ class SelectiveDPOTrainer(DPOTrainer):
     # --- before the first step ---------------------------------------------------------------------------------------
 
     def _check_once(self) -> None:
-        """Checks the models that TRL has loaded, before a row is scored with them."""
+        """Checks the models that TRL has loaded, before they compute log-probs of a row."""
         if not self._checked:
             check_built(self, self.reference.model, self.reference.tokenizer)
             check_ids(self.model, [self.train_dataset, *_all_sets(self.eval_dataset)])
