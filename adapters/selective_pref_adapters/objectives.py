@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -61,16 +61,8 @@ def make_objective(name: str, **numbers: Any) -> Objective:
 
 def pair_loss(options: LossOptions) -> NamedLoss:
     """The sum of losses that `loss_type` names, of all tokens."""
-    return NamedLoss(
-        loss_type=as_names(options.loss_type),
-        loss_weights=options.loss_weights,
-        beta=options.beta,
-        label_smoothing=options.label_smoothing,
-        f_divergence_type=options.f_divergence_type,
-        f_alpha_divergence_coef=options.f_alpha_divergence_coef,
-        discopop_tau=options.discopop_tau,
-        ld_alpha=options.ld_alpha,
-    )
+    numbers = {option.name: getattr(options, option.name) for option in fields(NamedLoss)}
+    return NamedLoss(**{**numbers, "loss_type": as_names(options.loss_type)})
 
 
 def unread(name: str, loss_type: str | Sequence[str], f_divergence_type: str) -> list[str]:

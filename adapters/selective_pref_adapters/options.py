@@ -208,7 +208,7 @@ class TrainConfig(LossOptions, TrainInputs):
 
 
 _SELECTION = ("selection_ratio", "selection_pool", "selection_ties", "min_score")
-_PAIR_LOSS = (
+PAIR_LOSS = (
     "loss_type",
     "loss_weights",
     "f_divergence_type",
@@ -216,11 +216,12 @@ _PAIR_LOSS = (
     "discopop_tau",
     "ld_alpha",
 )
+"""Options that say which pair loss it is."""
 UNREAD: dict[str, tuple[str, ...]] = {
     "selective_dpo": ("gamma",),
     "dpo": ("gamma", *_SELECTION),
-    "simpo": (*_PAIR_LOSS, *_SELECTION),
-    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *_PAIR_LOSS, *_SELECTION),
+    "simpo": (*PAIR_LOSS, *_SELECTION),
+    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *PAIR_LOSS, *_SELECTION),
 }
 """Options of the loss that an objective does not read: setting one is an error."""
 

@@ -24,7 +24,6 @@ from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
     check_references,
-    check_resumable,
     check_rows,
     check_schedules,
     check_trainer,
@@ -32,7 +31,7 @@ from selective_pref_adapters.hf_trainer.checks import (
     models_of,
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
-from selective_pref_adapters.model_checks import check_padding, check_trainable
+from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import Schedule, logged_numbers, selects
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
@@ -153,7 +152,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             self.warnings, self.history, self._drawn_at = [], {}, -1
         else:
-            check_resumable(self.trainer)
+            check_reloadable(self.trainer, "resume_from_checkpoint")
         if self.picture_pairs and state.is_world_process_zero:
             remove_selections_after(Path(args.output_dir), state.global_step)  # of another run, or one that is resumed
         stored = state.stateful_callbacks.get(type(self).__name__)

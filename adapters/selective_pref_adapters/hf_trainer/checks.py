@@ -98,11 +98,6 @@ def check_policy(trainer: Trainer) -> None:
         check_reloadable(trainer, "load_best_model_at_end")
 
 
-def check_resumable(trainer: Trainer) -> None:
-    """Raises ValueError where the `Trainer` has not loaded all weights of the checkpoint that it goes on from."""
-    check_reloadable(trainer, "resume_from_checkpoint")
-
-
 def check_references(trainer: Trainer) -> None:
     """Raises ValueError unless there is exactly one reference where the objective reads one."""
     loss, stores = trainer.compute_loss_func, trainer.data_collator.stores

@@ -63,6 +63,19 @@ def completion_mask(length: int, prompt_length: int, uncounted: Spans = ()) -> n
     return mask
 
 
+def uncounted_spans(counts: Sequence[bool], start: int) -> Spans:
+    """The runs of tokens from `start` on that do not count, as [start, end): what `completion_mask` is made from."""
+    spans: list[tuple[int, int]] = []
+    for at in range(start, len(counts)):
+        if counts[at]:
+            continue
+        if spans and spans[-1][1] == at:
+            spans[-1] = (spans[-1][0], at + 1)
+        else:
+            spans.append((at, at + 1))
+    return tuple(spans)
+
+
 def collate(pairs: Sequence[TokenizedPair], pad_token_id: int) -> dict[str, torch.Tensor]:
     """One batch in the trainers' layout: [2B T] with the chosen rows first, padded on the right.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from selective_pref_adapters.pairs.collate import Spans
 from selective_pref_adapters.pairs.rows import Messages, PreferenceRow, Prose, RowError
-from selective_pref_adapters.pairs.turns import TEMPLATE_ERRORS, uncounted_spans
+from selective_pref_adapters.pairs.turns import TEMPLATE_ERRORS, other_turns
 
 Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 
@@ -93,13 +93,13 @@ class Rendering:
         return bare
 
     def uncounted(self, row: PreferenceRow, side: Prose, text: str, ids: list[int], boundary: int) -> Spans | None:
-        """See `uncounted_spans`."""
+        """The tokens of other speakers in a completion: see `other_turns`."""
         messages, first = [*row.prompt, *side], len(row.prompt)
 
         def render(some: Messages, **options: Any) -> Any:
             return self.render(row, some, **options)
 
-        return uncounted_spans(self.tokenizer, self.template(row.tools), render, messages, first, text, ids, boundary)
+        return other_turns(self.tokenizer, self.template(row.tools), render, messages, first, text, ids, boundary)
 
     @cached_property
     def _added_end(self) -> list[int]:

@@ -16,7 +16,7 @@ from selective_pref import Objective
 from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
 from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
 from selective_pref_adapters.objectives import check_objective, selects
-from selective_pref_adapters.options import SelectionOptions
+from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
 
@@ -44,16 +44,8 @@ def check_arguments(args: Any, objective: Objective | None, datasets: list[Any])
             check_stored_dataset(dataset)
 
 
-_OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)] + [
-    "selection_warmup_steps",
-    "scores",
-    "loss_type",
-    "loss_weights",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "ld_alpha",
-]
+_OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)]
+_OF_THE_LOSS += ["selection_warmup_steps", "scores", *PAIR_LOSS]
 
 
 def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:

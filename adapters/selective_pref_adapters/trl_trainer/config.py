@@ -24,7 +24,7 @@ from trl import DPOConfig
 from selective_pref import Objective, Response, ScoreFunction, SelectionRatio, alignment_scores, excess_loss_scores
 from selective_pref_adapters.named_losses import check_pairs_can_be_weighted, unread_numbers
 from selective_pref_adapters.objectives import Schedule, check_objective, pair_loss, selective_objective
-from selective_pref_adapters.options import SelectionOptions, SharePrefix
+from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions, SharePrefix
 from selective_pref_adapters.pairs import parse_columns
 
 logger = logging.getLogger(__name__)
@@ -90,10 +90,7 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
 
     selection_ratio: list[float] = field(  # a list, so that a command line may give one number or two
         default_factory=lambda: [0.4],
-        metadata={
-            "help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO. Two numbers: a share for the chosen and "
-            "one for the rejected response."
-        },
+        metadata=SelectionOptions.__dataclass_fields__["selection_ratio"].metadata,
     )
     max_length: int | None = field(
         default=None,
@@ -221,13 +218,8 @@ _READ = {
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
     "router_aux_loss_coef",
-    "loss_type",
-    "loss_weights",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "ld_alpha",
     "use_weighting",
+    *PAIR_LOSS,
     "padding_free",  # TRL says that it is not there at present, and pads
 }
 """Options of `DPOConfig` that mean under selection what they mean to the stock trainer."""
