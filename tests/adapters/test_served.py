@@ -325,6 +325,19 @@ def test_faults_that_pass_are_asked_again_in_halves(
     assert len(served.bodies) > report.forward_passes
 
 
+def test_an_outage_is_said_once_while_it_lasts(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = {3, 4, 5, 8, 9}  # requests after the probe's: two outages, of three requests and of two
+    counted = iter(range(1000))
+    served.fault = lambda _, __, answer: (503, "starting") if next(counted) in broken else answer
+    server = settings(served, concurrency=1, rows_per_request=1)
+    fill_from_server(make_store(tmp_path, tokenizer), pairs, server, tokenizer, progress=False)
+    said = [record.message for record in caplog.records if "Asking again" in record.message]
+    assert len(said) == 2
+    assert said[0] == f"{server.url}: status 503: starting. Asking again, up to {server.attempts} times"
+
+
 def test_choices_may_come_in_any_order(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from selective_pref_adapters.batch import labels_of
 from selective_pref_adapters.heads import (
     frozen_per_token_logps,
     install_fused_head,
@@ -114,6 +115,20 @@ def test_nothing_to_predict() -> None:
     logps = model_per_token_logps(model, batch)
     assert logps.requires_grad
     assert not logps.any()
+
+
+def test_gathered_weights_are_examined_at_the_first_batch_whatever_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at a model calls it, and each call gathers its weights: all processes must call it equally often."""
+    monkeypatch.setattr(layout_module, "_gathers", lambda _: True)
+    model, batch = make("llama"), make_batch()
+    count = Count(model)
+    nothing = torch.full_like(labels_of(batch), -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert layout_module.lay_out(model, inputs, nothing) is None
+    assert count.calls > 0
+    count.restart()
+    assert laid_out(model, batch)
+    assert count.calls == 0
 
 
 # --- when the padded rows stay ---------------------------------------------------------------------------------------
