@@ -19,31 +19,20 @@ from selective_pref_adapters.heads import (
     scores_rows_by_themselves,
 )
 from selective_pref_adapters.shared_prefix.exact import UNLIMITED, examine
-from shared_prefix_cases import (
+from shared_prefix_cases import (  # noqa: F401 (cheap_calls and one_layout are fixtures)
     CONTINUED_ONLY,
     MODELS,
     NEITHER,
     PAIRS,
     Count,
     assert_same,
-    keep_one_layout,
+    cheap_calls,
     logps_and_gradients,
     make,
     make_batch,
-    make_calls_cheap,
+    one_layout,
     plain,
 )
-
-
-@pytest.fixture(autouse=True)
-def calls_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_calls_cheap(monkeypatch)
-
-
-@pytest.fixture(params=["continued", "packed"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    keep_one_layout(request.param, monkeypatch)
-    return request.param
 
 
 class Float64Throughout(TorchFunctionMode):
