@@ -292,7 +292,7 @@ def _forward_replaced(head: nn.Module, forward: Callable[[Tensor], Any]) -> Iter
 
 
 def _dense_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs [B T] from logits; those of a soft prompt stand in front of the others and are left out."""
+    """Log-probs [B T] from logits, of which only the last positions are the batch's: prompt tuning prepends others."""
     return per_token_logps(logits[:, -labels.shape[1] :], labels)[0]
 
 

@@ -1,7 +1,7 @@
 """The options of a loss, and of `selective-pref train`, `score` and `rows`, as dataclasses.
 
 Imports no framework, so that `--help` is quick. The command line and the YAML file are made from them: a field's name
-is the flag, its docstring (or its metadata) the help. The options of a loss are said here only: `train`, TRL's
+is the flag, its docstring (or its metadata) the help. The options of a loss are defined here only: `train`, TRL's
 configuration and the Hugging Face loss read them.
 """
 

@@ -302,7 +302,7 @@ def _runnable(trainer: Any) -> Any:
 
 
 def _let_logs_carry_metrics(trainer: Any) -> None:
-    """Everything that the Trainer logs goes through its `log`, before `log_history` and before any logger."""
+    """Wraps the Trainer's `log`, so that every line gets the metrics before `log_history` and the loggers see it."""
     write = trainer.log
     if hasattr(write, "carries_metrics"):
         return

@@ -17,7 +17,7 @@ Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 
 
 class Rendering:
-    """A tokenizer's ways: how rows become text, and text ids."""
+    """How one tokenizer turns rows into text, and text into ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -125,7 +125,7 @@ class Rendering:
 
 
 def _is_plain(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer does nothing but what the `tokenizers` library within does."""
+    """Whether a tokenizer adds nothing of its own to the one of the `tokenizers` library that it wraps."""
     from transformers import PreTrainedTokenizerFast
 
     kind = type(tokenizer)

@@ -3,7 +3,7 @@
 In: a row as a file or a data set holds it. Out: prompt, chosen and rejected, as text where the columns hold text that
 is read on without a break (TRL's standard format, hh-rlhf), else as messages. A row is recognised by its columns;
 `columns` says instead which ones are meant. A row that fits nowhere is an error with the nearest schema, and so is a
-column beside a known schema that may hold (a part of) a prompt: nothing of a prompt is dropped without a word.
+column beside a known schema that may hold (a part of) a prompt: no part of a prompt is dropped silently.
 """
 
 from __future__ import annotations

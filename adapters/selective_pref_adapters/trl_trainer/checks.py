@@ -106,7 +106,7 @@ def check_ids(model: Any, datasets: list[Any]) -> None:
 
 
 def selects_by_alignment(args: SelectiveDPOConfig, objective: Objective | None) -> bool:
-    """Whether the loss keeps some tokens by the alignment score; for a custom objective, whether it scores tokens."""
+    """Whether the loss selects tokens by the alignment score; a custom objective selects where it returns scores."""
     if objective is None:
         return selects(args.ratio(), args.min_score) and args.scores == "alignment"
     return check_objective(objective).chosen.scores is not None

@@ -220,7 +220,7 @@ _READ = {
     "router_aux_loss_coef",
     "use_weighting",
     *PAIR_LOSS,
-    "padding_free",  # TRL says that it is not there at present, and pads
+    "padding_free",  # TRL 1.16 warns that it is not implemented, and pads
 }
 """Options of `DPOConfig` that mean under selection what they mean to the stock trainer."""
 

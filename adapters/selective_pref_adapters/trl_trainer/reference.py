@@ -61,7 +61,7 @@ class TrainerReference:
     Attributes:
         model: the model that runs beside the policy, or fills the store; None for the policy itself, or a store alone.
         tokenizer: of `ref_model`; None where it has none to compare.
-        stored: whether log-probs are looked up in a store.
+        stored: whether the loss reads log-probs from a store.
 
     Raises:
         ValueError: a reference that the objective does not read, or that is the policy object itself.
@@ -122,10 +122,10 @@ class TrainerReference:
             self._adapter_off()
 
     def built(self) -> bool:
-        """Once TRL has built the trainer: a reference that filled the store goes, unless evaluations may need it.
+        """After TRL has built the trainer: drops a model that has filled the store and is not needed any more.
 
         Returns:
-            Whether log-probs of rows that an evaluation brings are still to be computed.
+            Whether log-probs of further data sets, given to `evaluate`, are to be computed and stored.
         """
         if not self.stored:
             self.source()
