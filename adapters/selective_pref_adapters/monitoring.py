@@ -220,7 +220,7 @@ def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What can be concluded from the log of a run.
+    """What the log of a run shows.
 
     Attributes:
         moved: a sentence on whether the full margin and accuracy rose or fell; empty without two values of them.
@@ -241,7 +241,7 @@ class Verdict:
 def verdict(
     lines: Sequence[Mapping[str, float | None]], *, selection_ratio: float = 1.0, patience: int = 10
 ) -> Verdict:
-    """What can be concluded from the log of a run: whether the full margin and accuracy rose or fell, and what looks wrong.
+    """What the log of a run shows: whether the full margin and accuracy rose or fell, and what looks wrong.
 
     The full-sequence numbers decide, since the selected ones are biased by the selection. They are those of the
     evaluations, or of the training lines of a run without two evaluations. Margins of a run whose β changes are

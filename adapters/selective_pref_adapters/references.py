@@ -138,7 +138,7 @@ class StoredReference:
 
 
 def ref_logps_of(batch: Batch, key: str, reference: Reference | None) -> Tensor | None:
-    """The reference's log-probs of a batch: those that the collator looked up (as bits, under `key`), else computed now.
+    """The reference's log-probs of a batch: those that the collator looked up (as bits, at `key`), else computed now.
 
     Args:
         batch: in the trainers' layout.

@@ -17,7 +17,7 @@ from selective_pref_adapters.model_checks import check_padding, check_reloadable
 from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
 from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
-from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,8 @@ def check_arguments(args: Any, objective: Objective | None, datasets: list[Any])
     if not isinstance(args, SelectiveDPOConfig):
         raise TypeError(f"args must be a SelectiveDPOConfig, DPOConfig with a selection; got {type(args).__name__}")
     check_options(args)  # again: options may have been set since
-    if objective is not None:
-        for name in _OF_THE_LOSS:
-            option = next(f for f in dataclasses.fields(args) if f.name == name)
-            if getattr(args, name) != default_of(option):
-                raise ValueError(f"{name} is not read beside objective=: bind it there, or leave objective out")
+    if objective is not None and (unread := changed(args, _OF_THE_LOSS)):
+        raise ValueError(f"{next(iter(unread))} is not read beside objective=: bind it there, or leave objective out")
     for dataset in datasets:
         columns = getattr(dataset, "column_names", None) or []
         if args.reference_store is not None and ("image" in columns or "images" in columns):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -224,21 +224,15 @@ _READ = {
 }
 """Options of `DPOConfig` that mean under selection what they mean to the stock trainer."""
 
-_INSTEAD = {
-    "label_smoothing_factor": "it smooths labels of tokens, not of pairs: set label_smoothing",
-}
-
 
 def check_options(args: SelectiveDPOConfig) -> None:
     """Raises ValueError at the first option that has no meaning under selection, alone or beside another."""
     general = {f.name for f in dataclasses.fields(TrainingArguments)} - {"label_smoothing_factor"}
-    for option in dataclasses.fields(DPOConfig):
-        if option.name in general or option.name in _READ:
-            continue
-        value, default = getattr(args, option.name), default_of(option)
-        if value != default:
-            instead = _INSTEAD.get(option.name, "leave it out")
-            raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
+    for name, default in changed(args, {f.name for f in dataclasses.fields(DPOConfig)} - general - _READ).items():
+        smooths = name == "label_smoothing_factor"
+        instead = "it smooths labels of tokens, not of pairs: set label_smoothing" if smooths else "leave it out"
+        value = getattr(args, name)
+        raise ValueError(f"{name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}")
     if args.non_finite not in ("raise", "ignore"):
@@ -262,13 +256,16 @@ def check_options(args: SelectiveDPOConfig) -> None:
     if args.use_weighting:
         check_pairs_can_be_weighted(args.loss_type)
     check_objective(args.objective())  # β, ratio, pool, ties, the numbers of the losses
-    for name in unread_numbers(args.loss_type, args.f_divergence_type):
-        option = next(f for f in dataclasses.fields(args) if f.name == name)
-        if name != "beta" and getattr(args, name) != default_of(option):
-            logger.warning("%s=%r is not read by loss_type %s", name, getattr(args, name), ", ".join(args.loss_type))
+    for name in changed(args, set(unread_numbers(args.loss_type, args.f_divergence_type)) - {"beta"}):
+        logger.warning("%s=%r is not read by loss_type %s", name, getattr(args, name), ", ".join(args.loss_type))
 
 
-def default_of(option: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass field, as a configuration holds it."""
-    default = option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
-    return one_or_two(default) if option.name == "selection_ratio" else default
+def changed(args: SelectiveDPOConfig, names: Collection[str]) -> dict[str, Any]:
+    """Name → default of those of these options that do not have their default."""
+    defaults = {
+        option.name: option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
+        for option in dataclasses.fields(args)
+        if option.name in names
+    }
+    defaults |= {name: one_or_two(defaults[name]) for name in ("selection_ratio",) if name in defaults}
+    return {name: default for name, default in defaults.items() if getattr(args, name) != default}

@@ -228,17 +228,11 @@ class TrainerReference:
 
 
 def load_reference(reference: Any, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """The reference as a model: itself, from its name, or the policy with its weights of now."""
-    if reference is None:
-        shards = not isinstance(policy, str) and is_sharded(policy)  # cannot be copied
-        reference = (
-            policy if isinstance(policy, str) else policy.config._name_or_path if shards else copy.deepcopy(policy)
-        )
-    return load_model(reference, policy, args, quantization_config) if isinstance(reference, str) else reference
-
-
-def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """A reference from a folder or hub id, loaded as `DPOTrainer` loads the policy."""
+    """The reference: a model, one loaded by its name as `DPOTrainer` loads the policy, or a copy of the policy."""
+    if reference is None and not isinstance(policy, str):
+        reference = policy.config._name_or_path if is_sharded(policy) else copy.deepcopy(policy)
+    if not isinstance(name := policy if reference is None else reference, str):
+        return name
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
