@@ -33,6 +33,9 @@ from selective_pref_adapters.batch import Batch, responses
 from selective_pref_adapters.named_losses import NamedLoss, check_name, unread_numbers
 from selective_pref_adapters.options import UNREAD, LossOptions, SelectionOptions
 
+CHOSEN_ONLY = ("sft",)
+"""Objectives that read the chosen side alone: no rejected one is computed, or needed."""
+
 
 def make_objective(name: str, **numbers: Any) -> Objective:
     """The loss that a configuration names, with its numbers bound; those it does not read are ignored here.
@@ -185,6 +188,7 @@ def loss_of_batch(
     scoring_ref_per_token_logps: Tensor | None = None,
     *,
     pair_weights: Tensor | None = None,
+    chosen_only: bool = False,
 ) -> PreferenceLoss:
     """What `objective` says of a batch: the last arrows of every adapter.
 
@@ -196,15 +200,16 @@ def loss_of_batch(
         scoring_ref_per_token_logps: of the reference that scores the tokens (Eq. 6) [2B T], where it is another.
         pair_weights: what the losses are multiplied by [B], at least 0; None for 1. They are not made to have a mean
             of 1: a pair counts for the same whatever other pairs are in its batch.
+        chosen_only: the batch has no rejected rows, and all arrays are [B T]; see `responses`.
     """
     if ref_per_token_logps is not None:
         ref_per_token_logps = without_rounding(ref_per_token_logps, per_token_logps)
-    chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps)
+    chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps, chosen_only=chosen_only)
     if scoring_ref_per_token_logps is None:
         out = objective(chosen, rejected)
     else:
         scoring = without_rounding(scoring_ref_per_token_logps, per_token_logps)
-        scores = alignment_scores(*responses(batch, per_token_logps, scoring))
+        scores = alignment_scores(*responses(batch, per_token_logps, scoring, chosen_only=chosen_only))
         out = objective(chosen, rejected, scores=scores)  # type: ignore[call-arg]
     return out if pair_weights is None else weigh_pairs(out, pair_weights, total=float(len(pair_weights)))
 

@@ -110,7 +110,8 @@ class TrainInputs:
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
     pairs: str
-    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT); for objective sft
+    rows of a prompt and one answer, too."""
     ref_model: str | None = None
     """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
     reference_store: str | None = None
@@ -126,7 +127,7 @@ class TrainInputs:
     output_dir: str = "runs/train"
     """Where everything is written; must be absent or empty, or a run to resume."""
     objective: ObjectiveName = "selective_dpo"
-    """The loss. Distilled DPO is dpo with a stronger ref_model."""
+    """The loss. Distilled DPO is dpo with a stronger ref_model; sft reads the chosen side alone."""
 
 
 @dataclass(kw_only=True)
@@ -316,6 +317,8 @@ class RowsConfig:
     """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     tokenizer: str
     """The policy: a folder or hub id with a tokenizer."""
+    objective: ObjectiveName = "selective_dpo"
+    """What is to be trained with the rows: sft reads the chosen side alone, and rows of a prompt and one answer."""
     rows: int = 3
     """How many rows to show, from the first one on; the summary is over all."""
     columns: str | None = None

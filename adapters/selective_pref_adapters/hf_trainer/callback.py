@@ -33,7 +33,7 @@ from selective_pref_adapters.hf_trainer.checks import (
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
 from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
-from selective_pref_adapters.objectives import Schedule, logged_numbers, selects
+from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, logged_numbers, selects
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
 from selective_pref_adapters.seeing.pictures import remove_selections_after
 from selective_pref_adapters.seeing.shown import shown_pairs
@@ -132,6 +132,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         collator.fused_head = trainer.model_init is None and install_fused_head(
             trainer.model, at_first_call=True, share_prefix=collator.share_prefix
         )
+        collator.chosen_only = collator.chosen_only or loss.objective in CHOSEN_ONLY
         models = models_of(trainer)
         check_padding(collator.tokenizer, models)
         collator.set_max_length(models)
@@ -269,7 +270,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if self.trainer.is_world_process_zero():
             tokenizer = self.trainer.data_collator.tokenizer
             pairs = self.trainer.data_collator.pairs(rows)
-            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs if pair.rejected_ids]
             keep_selection(self.trainer, shown_pairs(out, ids, tokenizer, places=places))
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:

@@ -26,10 +26,10 @@ class Rendering:
         end = re.escape(self.eos or "")
         self._repeated = re.compile(rf"(?:{end}\s*)+({end}\s*)\Z") if end else None
 
-    def texts(self, row: PreferenceRow) -> tuple[str, str, str] | RowError:
-        """Prompt, prompt + chosen and prompt + rejected; or why the chat template refuses them."""
+    def texts(self, row: PreferenceRow) -> tuple[str, ...] | RowError:
+        """Prompt, prompt + chosen and prompt + rejected (if there is one); or why the chat template refuses them."""
         if isinstance(row.prompt, str):
-            return row.prompt, row.prompt + self._ended(row.chosen), row.prompt + self._ended(row.rejected)
+            return row.prompt, *(row.prompt + self._ended(answer) for answer in row.answers)
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{row.place} is a conversation, but the tokenizer has no chat template ({row.schema or 'these'} rows "
@@ -38,7 +38,7 @@ class Rendering:
             )
         try:
             prompt = self.render(row, row.prompt, add_generation_prompt=True)
-            return prompt, self._whole(row, row.chosen), self._whole(row, row.rejected)
+            return prompt, *(self._whole(row, answer) for answer in row.answers)
         except TEMPLATE_ERRORS as error:
             return RowError(
                 f"{row.place}: the chat template rejects this conversation: {error}", "refused by the chat template"

@@ -169,7 +169,7 @@ def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[Tokenizat
 def _code_digest() -> str:
     """Of the reader's own code: prepared data that another version of it left in the cache are not taken."""
     digest = hashlib.sha256()
-    for file in sorted(Path(pairs.__file__).parent.glob("*.py")):
+    for file in sorted(Path(pairs.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
