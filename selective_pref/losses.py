@@ -243,7 +243,8 @@ def sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
     beside a preference loss (RPO, Pang et al. 2024, Eq. 1): `combine_losses`.
 
     Args:
-        chosen, rejected: the pair, [B T_w] and [B T_l]; weights are honoured, a reference is not read.
+        chosen, rejected: the pair, [B T_w] and [B T_l]; weights are honoured, a reference is not read. Where nothing
+            is known of a rejected side, it may be [B 0].
 
     Returns:
         A `PreferenceLoss`; its rewards are the mean log-probs.

@@ -22,31 +22,19 @@ from selective_pref_adapters.shared_prefix import layout as layout_module
 from selective_pref_adapters.shared_prefix.exact import UNLIMITED, examine
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of
 from selective_pref_adapters.shared_prefix.packed import first_fit, pack
-from shared_prefix_cases import (
+from shared_prefix_cases import (  # noqa: F401 (cheap_calls and one_layout are fixtures)
     PAIRS,
     Count,
     assert_same,
+    cheap_calls,
     collate,
-    keep_one_layout,
     laid_out,
     logps_and_gradients,
     make,
     make_batch,
-    make_calls_cheap,
+    one_layout,
     plain,
 )
-
-
-@pytest.fixture(autouse=True)
-def calls_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_calls_cheap(monkeypatch)
-
-
-@pytest.fixture(params=["continued", "packed"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    keep_one_layout(request.param, monkeypatch)
-    return request.param
-
 
 # --- odd batches -----------------------------------------------------------------------------------------------------
 

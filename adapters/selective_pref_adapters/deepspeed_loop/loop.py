@@ -82,7 +82,7 @@ from selective_pref_adapters.monitoring import (
     mean_over_pairs,
     non_finite_error,
 )
-from selective_pref_adapters.objectives import loss_of_batch, selects
+from selective_pref_adapters.objectives import CHOSEN_ONLY, loss_of_batch, selects
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate
 from selective_pref_adapters.reference_store import ReferenceStore
@@ -105,6 +105,11 @@ class Run:
     console: Console
     pictures: Pictures
     progress: Progress
+
+    @property
+    def chosen_only(self) -> bool:
+        """Whether the pairs have no rejected side, as in supervised training."""
+        return self.config.objective in CHOSEN_ONLY
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -233,7 +238,7 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
         out = losses_of(run, pairs)
         if finite_everywhere(out.losses):
             engine.backward(out.loss)
-            progress.window.append(diagnostics(out))
+            progress.window.append(diagnostics(out, chosen_only=run.chosen_only))
         else:
             leave_out(run.config, run.console, non_finite_error(out, f"step {step}", places(pairs)))
             progress.skipped_batches += 1
@@ -251,8 +256,9 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
-    batch = {name: first_pairs(tensor, count) for name, tensor in batch.items()}
-    return loss_of_batch(run.objective, batch, *(None if some is None else first_pairs(some, count) for some in logps))
+    batch = {name: first_pairs(tensor, count, len(pairs)) for name, tensor in batch.items()}
+    counted = (None if some is None else first_pairs(some, count, len(pairs)) for some in logps)
+    return loss_of_batch(run.objective, batch, *counted, chosen_only=run.chosen_only)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:
@@ -270,7 +276,7 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
         for pairs, count in batches:
             out = losses_of(run, pairs, max(count, 1))
             if finite_everywhere(out.losses):
-                seen.append((diagnostics(out), count))
+                seen.append((diagnostics(out, chosen_only=run.chosen_only), count))
             else:
                 where = f"evaluation after step {run.progress.step}"
                 leave_out(run.config, run.console, non_finite_error(out, where, places(pairs)))

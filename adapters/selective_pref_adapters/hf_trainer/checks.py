@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
-from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
+from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, NO_REJECTED, SelectivePreferenceLoss
 from selective_pref_adapters.model_checks import (
     check_no_auxiliary_loss,
     check_reloadable,
@@ -23,7 +23,7 @@ from selective_pref_adapters.model_checks import (
 )
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
 from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
-from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,10 @@ def check_trainer(trainer: Trainer) -> None:
             "an IterableDataset on several processes is dispatched, which tears pairs apart: set "
             "accelerator_config={'dispatch_batches': False}",
         ),
+        (
+            collator.chosen_only and isinstance(loss.objective, str) and loss.objective not in CHOSEN_ONLY,
+            NO_REJECTED.format(objective=loss.objective),
+        ),
         (args.use_liger_kernel, "use_liger_kernel replaces the forward that the fused head stands in: set it to False"),
         (
             trainer.compute_metrics is not None,
@@ -96,11 +100,6 @@ def check_policy(trainer: Trainer) -> None:
         logger.warning("%s", note)
     if trainer.args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")
-
-
-def check_resumable(trainer: Trainer) -> None:
-    """Raises ValueError where the `Trainer` has not loaded all weights of the checkpoint that it goes on from."""
-    check_reloadable(trainer, "resume_from_checkpoint")
 
 
 def check_references(trainer: Trainer) -> None:

@@ -30,6 +30,7 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.named_losses import check_name
 from selective_pref_adapters.objectives import (
+    CHOSEN_ONLY,
     check_objective,
     loss_of_batch,
     make_objective,
@@ -43,6 +44,10 @@ DISTANCE = "distance"  # of policy and reference; read by `SelectionCallback`, n
 NO_REFERENCE = (
     "objective {objective!r} compares the policy with a reference, and there is none: give "
     "SelectivePreferenceLoss(ref_model=...) or PreferenceCollator(reference_store=...)"
+)
+NO_REJECTED = (
+    "objective {objective!r} compares two answers, and the pairs have no rejected side: give pairs (and leave "
+    "PreferenceCollator(chosen_only=True) out), or objective 'sft'"
 )
 
 
@@ -179,16 +184,20 @@ class SelectivePreferenceLoss:
         """
         training = torch.is_grad_enabled()
         refs = {key: ref_logps_of(labels, key, self.references.get(key)) for key in (REF_LOGPS, SCORING_REF_LOGPS)}
+        if labels.chosen_only and isinstance(self.objective, str) and self.objective not in CHOSEN_ONLY:
+            raise ValueError(NO_REJECTED.format(objective=self.objective))
         if refs[REF_LOGPS] is None and self.reads_reference:
             raise ValueError(NO_REFERENCE.format(objective=self.objective))
         objective = self._bound(**(self.numbers if training else self.evaluation_numbers))
 
         def losses_of(pairs: np.ndarray) -> PreferenceLoss:
             chosen = np.flatnonzero(pairs) if pairs.any() else np.arange(len(pairs))
-            rows: Any = torch.from_numpy(np.concatenate([chosen, chosen + len(pairs)])).to(logps.device)
+            sides = [chosen] if labels.chosen_only else [chosen, chosen + len(pairs)]
+            rows: Any = torch.from_numpy(np.concatenate(sides)).to(logps.device)
             rows = slice(None) if pairs.all() else rows
             some = [None if ref is None else ref[rows] for ref in refs.values()]
-            return loss_of_batch(objective, {"completion_mask": labels["completion_mask"][rows]}, logps[rows], *some)
+            mask = {"completion_mask": labels["completion_mask"][rows]}
+            return loss_of_batch(objective, mask, logps[rows], *some, chosen_only=labels.chosen_only)
 
         kept = np.ones(labels.pairs, dtype=bool)
         out = losses_of(kept)
@@ -202,7 +211,11 @@ class SelectivePreferenceLoss:
             own = self._own(labels)
             seen = out if own.all() else losses_of(kept & own)
             window = self.windows["train" if training else "eval"]
-            window.add(self._metrics(seen), pairs=int((kept & own).sum()), left_out=int((~kept & own).sum()))
+            window.add(
+                self._metrics(seen, labels.chosen_only),
+                pairs=int((kept & own).sum()),
+                left_out=int((~kept & own).sum()),
+            )
         return out, kept
 
     def _own(self, labels: PreferenceLabels) -> np.ndarray:
@@ -210,13 +223,13 @@ class SelectivePreferenceLoss:
         own = labels.pairs if torch.is_grad_enabled() else own_pairs(labels.pairs)
         return np.arange(labels.pairs) < own
 
-    def _metrics(self, out: PreferenceLoss) -> dict[str, Tensor]:
+    def _metrics(self, out: PreferenceLoss, chosen_only: bool) -> dict[str, Tensor]:
         """`diagnostics`, and how far policy and reference are apart: the mean |log-ratio| of a token."""
         if not self.reads_reference:
-            return diagnostics(out)
+            return diagnostics(out, chosen_only=chosen_only)
         mask = torch.cat([out.chosen.mask.flatten(), out.rejected.mask.flatten()])
         ratios = torch.cat([out.chosen.log_ratios.flatten(), out.rejected.log_ratios.flatten()])
-        return {**diagnostics(out), DISTANCE: ratios.abs().sum() / mask.sum().clamp(min=1)}
+        return {**diagnostics(out, chosen_only=chosen_only), DISTANCE: ratios.abs().sum() / mask.sum().clamp(min=1)}
 
 
 def logps_of(outputs: Any, labels: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,14 @@ both sides equal) are left out and counted, never silently.
 """
 
 from selective_pref_adapters.models import check_same_tokenizer, differing_token
-from selective_pref_adapters.pairs.collate import IGNORE_INDEX, Spans, TokenizedPair, collate, completion_mask
+from selective_pref_adapters.pairs.collate import (
+    IGNORE_INDEX,
+    Spans,
+    TokenizedPair,
+    collate,
+    completion_mask,
+    uncounted_spans,
+)
 from selective_pref_adapters.pairs.reading import read_rows, scan_rows
 from selective_pref_adapters.pairs.report import TokenizationReport
 from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, RowError, split_by_prompt
@@ -38,4 +45,5 @@ __all__ = [
     "scan_rows",
     "split_by_prompt",
     "tokenize_pairs",
+    "uncounted_spans",
 ]

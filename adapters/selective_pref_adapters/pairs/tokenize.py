@@ -65,7 +65,7 @@ class EncodedRow:
         if self.pair is None:
             return None, None
         cut = truncate(self.pair, max_length, mode)
-        for ids, mask in ((cut.chosen_ids, cut.chosen_mask), (cut.rejected_ids, cut.rejected_mask)):
+        for _, ids, mask in cut.sides():
             if not mask.any() or len(ids) < 2:
                 return None, self.reason or NO_COMPLETION
         if self.reason is None and _same(cut):
@@ -105,7 +105,8 @@ def tokenize_pairs(
             chat template although the rows are message lists.
     """
     check_truncation(max_length, truncation_mode)
-    report = TokenizationReport(rows=len(rows), max_length=max_length, truncation_mode=truncation_mode)
+    unit = "rows" if rows and rows[0].rejected is None else "pairs"
+    report = TokenizationReport(rows=len(rows), max_length=max_length, truncation_mode=truncation_mode, unit=unit)
     pairs: list[TokenizedPair] = []
     for encoded in encode_rows(rows, tokenizer, progress=progress):
         if encoded.error is not None:
@@ -126,7 +127,7 @@ def tokenize_pairs(
     report.kept = len(pairs)
     if not pairs:
         raise ValueError(
-            f"none of {len(rows)} pairs can be trained on with max_length {max_length}, {truncation_mode}: "
+            f"none of {len(rows)} {unit} can be trained on with max_length {max_length}, {truncation_mode}: "
             + "; ".join(report.lines())
         )
     return pairs, report
@@ -198,48 +199,49 @@ def _same(pair: TokenizedPair) -> bool:
 
 
 def _encode(rows: Sequence[PreferenceRow], how: Rendering) -> Iterator[EncodedRow]:
-    texts: list[tuple[str, str, str] | RowError] = [how.texts(row) for row in rows]
+    texts: list[tuple[str, ...] | RowError] = [how.texts(row) for row in rows]
     ids: dict[bool, dict[str, list[int]]] = {}
     for chat in (False, True):
         some = dict.fromkeys(
             text
-            for row, three in zip(rows, texts, strict=True)
-            if not isinstance(three, RowError) and chat != isinstance(row.prompt, str)
-            for text in three
+            for row, parts in zip(rows, texts, strict=True)
+            if not isinstance(parts, RowError) and chat != isinstance(row.prompt, str)
+            for text in parts
         )
         ids[chat] = how.ids(list(some), chat) if some else {}
-    for row, three in zip(rows, texts, strict=True):
-        if isinstance(three, RowError):
-            yield EncodedRow(row=row, pair=None, error=three)
+    for row, parts in zip(rows, texts, strict=True):
+        if isinstance(parts, RowError):
+            yield EncodedRow(row=row, pair=None, error=parts)
         else:
             of = ids[not isinstance(row.prompt, str)]
-            yield _encoded(row, three, of, how)
+            yield _encoded(row, parts, of, how)
 
 
-def _encoded(row: PreferenceRow, texts: tuple[str, str, str], ids: dict[str, list[int]], how: Rendering) -> EncodedRow:
-    prompt, chosen, rejected = (ids[text] for text in texts)
+def _encoded(row: PreferenceRow, texts: tuple[str, ...], ids: dict[str, list[int]], how: Rendering) -> EncodedRow:
+    prompt, *sides = (ids[text] for text in texts)
     if isinstance(row.prompt, str):
-        chosen, rejected = how.one_end(chosen), how.one_end(rejected)
+        sides = [how.one_end(side) for side in sides]
         prompt = how.without_end(prompt)
-    boundary = min(_shared(prompt, chosen), _shared(prompt, rejected))
+    boundary = min(_shared(prompt, side) for side in sides)
     uncounted: list[Spans] = []
     seen = True
-    for side, text, side_ids in ((row.chosen, texts[1], chosen), (row.rejected, texts[2], rejected)):
-        spans = how.uncounted(row, side, text, side_ids, boundary) if has_other_turns(side) else ()
+    for answer, text, side in zip(row.answers, texts[1:], sides, strict=True):
+        spans = how.uncounted(row, answer, text, side, boundary) if has_other_turns(answer) else ()
         seen = seen and spans is not None
-        uncounted.append(((boundary, len(side_ids)),) if spans is None else spans)
+        uncounted.append(((boundary, len(side)),) if spans is None else spans)
     pair = TokenizedPair(
-        chosen_ids=chosen,
-        rejected_ids=rejected,
+        chosen_ids=sides[0],
+        rejected_ids=sides[-1],
         chosen_prompt_length=boundary,
         rejected_prompt_length=boundary,
         chosen_uncounted=uncounted[0],
-        rejected_uncounted=uncounted[1],
+        rejected_uncounted=uncounted[-1],
         place=row.place,
     )
+    pair = pair.chosen_only() if row.rejected is None else pair
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)
     reason = _nothing_in(row, how) or (None if seen else UNSEEN)
-    if reason is None and "tool_calls" not in template and _calls(row.chosen, row.rejected):
+    if reason is None and "tool_calls" not in template and _calls(*row.answers):
         reason = UNWRITTEN
     if reason is None and _same(pair):
         reason = SAME_TOKENS
@@ -263,7 +265,7 @@ def _shared(prompt: list[int], ids: list[int]) -> int:
 
 def _nothing_in(row: PreferenceRow, how: Rendering) -> str | None:
     """Why the sides as they stand teach nothing."""
-    for side in (row.chosen, row.rejected):
+    for side in row.answers:
         if isinstance(side, str):
             texts = [side]
         else:

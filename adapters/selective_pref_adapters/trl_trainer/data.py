@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -27,7 +26,6 @@ from selective_pref_adapters.options import Truncation
 from selective_pref_adapters.pairs import (
     PreferenceRow,
     RowError,
-    Spans,
     TokenizationReport,
     encode_rows,
     preference_row,
@@ -171,7 +169,7 @@ def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[Tokenizat
 def _code_digest() -> str:
     """Of the reader's own code: prepared data that another version of it left in the cache are not taken."""
     digest = hashlib.sha256()
-    for file in sorted(Path(pairs.__file__).parent.glob("*.py")):
+    for file in sorted(Path(pairs.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -278,18 +276,3 @@ def check_collator(collator: Any, dataset: Any, name: str) -> None:
             "data_collator from selective_pref_adapters.trl_trainer.data.PairCollator, which reads "
             "chosen_uncounted and rejected_uncounted"
         )
-
-
-def mask_as_spans(mask: torch.Tensor) -> tuple[int, Spans]:
-    """(prompt length, uncounted places) of a completion mask [L]."""
-    counts = [bool(flag) for flag in mask.tolist()]
-    start = counts.index(True) if True in counts else len(counts)
-    spans: list[tuple[int, int]] = []
-    for at in range(start, len(counts)):
-        if counts[at]:
-            continue
-        if spans and spans[-1][1] == at:
-            spans[-1] = (spans[-1][0], at + 1)
-        else:
-            spans.append((at, at + 1))
-    return start, tuple(spans)

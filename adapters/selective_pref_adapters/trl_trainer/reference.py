@@ -61,7 +61,7 @@ class TrainerReference:
     Attributes:
         model: the model that runs beside the policy, or fills the store; None for the policy itself, or a store alone.
         tokenizer: of `ref_model`; None where it has none to compare.
-        stored: whether log-probs are looked up in a store.
+        stored: whether the loss reads log-probs from a store.
 
     Raises:
         ValueError: a reference that the objective does not read, or that is the policy object itself.
@@ -122,10 +122,10 @@ class TrainerReference:
             self._adapter_off()
 
     def built(self) -> bool:
-        """Once TRL has built the trainer: a reference that filled the store goes, unless evaluations may need it.
+        """After TRL has built the trainer: drops a model that has filled the store and is not needed any more.
 
         Returns:
-            Whether log-probs of rows that an evaluation brings are still to be computed.
+            Whether log-probs of further data sets, given to `evaluate`, are to be computed and stored.
         """
         if not self.stored:
             self.source()
@@ -228,17 +228,11 @@ class TrainerReference:
 
 
 def load_reference(reference: Any, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """The reference as a model: itself, from its name, or the policy with its weights of now."""
-    if reference is None:
-        shards = not isinstance(policy, str) and is_sharded(policy)  # cannot be copied
-        reference = (
-            policy if isinstance(policy, str) else policy.config._name_or_path if shards else copy.deepcopy(policy)
-        )
-    return load_model(reference, policy, args, quantization_config) if isinstance(reference, str) else reference
-
-
-def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """A reference from a folder or hub id, loaded as `DPOTrainer` loads the policy."""
+    """The reference: a model, one loaded by its name as `DPOTrainer` loads the policy, or a copy of the policy."""
+    if reference is None and not isinstance(policy, str):
+        reference = policy.config._name_or_path if is_sharded(policy) else copy.deepcopy(policy)
+    if not isinstance(name := policy if reference is None else reference, str):
+        return name
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         options["quantization_config"] = quantization_config

@@ -12,9 +12,8 @@ from typing import Any
 from datasets import Dataset
 
 from selective_pref_adapters.batch import REF_LOGPS, to_bits
-from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.pairs import TokenizedPair, uncounted_spans
 from selective_pref_adapters.reference_store.store import ReferenceStore
-from selective_pref_adapters.trl_trainer.data import mask_as_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,9 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
         sides = []
         for row in range(2):
             attended = batch["attention_mask"][row] != 0
-            ids = batch["input_ids"][row][attended].tolist()
-            sides.append((ids, *mask_as_spans(batch["completion_mask"][row][attended] != 0)))
+            counts = (batch["completion_mask"][row][attended] != 0).tolist()
+            start = counts.index(True) if True in counts else len(counts)
+            sides.append((batch["input_ids"][row][attended].tolist(), start, uncounted_spans(counts, start)))
         (chosen_ids, chosen_start, chosen_uncounted), (rejected_ids, rejected_start, rejected_uncounted) = sides
         pairs.append(
             TokenizedPair(
