@@ -253,7 +253,7 @@ def test_the_loss_is_the_cores_on_the_same_log_probs(
             value = loss(answer, labels, num_items_in_batch=count)
             torch.testing.assert_close(value, out.loss / 3)
             assert value.requires_grad
-    stored = PreferenceCollator(tokenizer, ref_store=store)(pairs[:6])["labels"]
+    stored = PreferenceCollator(tokenizer, reference_store=store)(pairs[:6])["labels"]
     torch.testing.assert_close(from_bits(stored[REF_LOGPS]), ref_logps, rtol=1e-5, atol=1e-5)
     custom = SelectivePreferenceLoss(lambda *pair: dpo_loss(*pair, beta=0.3))
     torch.testing.assert_close(custom(logps, stored, 6), dpo_loss(*sides, beta=0.3).loss)
@@ -263,7 +263,7 @@ def test_scoring_references_select_and_do_not_anchor(
     tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path, tmp_path: Path
 ) -> None:
     other = model_of(make_model(tmp_path / "other", seed=7))
-    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    labels = PreferenceCollator(tokenizer, reference_store=store)(pairs[:4])["labels"]
     logps = model_per_token_logps(model_of(policy_folder), labels)
     anchor, scoring = from_bits(labels[REF_LOGPS]), frozen_per_token_logps(other.eval(), labels)
     chosen, rejected = responses(labels, logps, anchor)
@@ -353,7 +353,7 @@ def test_a_store_gives_the_numbers_of_the_online_reference(
     online = build(**options)
     stored = build(
         loss=SelectivePreferenceLoss(),
-        collator=PreferenceCollator(tokenizer, ref_store=store),
+        collator=PreferenceCollator(tokenizer, reference_store=store),
         dataloader_num_workers=1,
         **options,
     )
@@ -461,7 +461,7 @@ def test_steps_use_the_schedules_numbers_and_evaluations_their_end(
     )
     trainer.train()
     losses = [line["loss"] for line in logged(trainer)] + [trainer.evaluate()["eval_loss"]]
-    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    labels = PreferenceCollator(tokenizer, reference_store=store)(pairs[:4])["labels"]
     with torch.no_grad():
         sides = responses(labels, model_per_token_logps(trainer.model, labels), from_bits(labels[REF_LOGPS]))
     expected = [selective_dpo_loss(*sides, beta=beta(step), selection_ratio=ratio(step)).loss for step in range(3)]
@@ -603,8 +603,8 @@ def test_a_reference_that_is_the_initial_policy_is_named(
     fill_store(own, pairs[:30], policy, pad_token_id=0, progress=False)
     for loss, collator, expected in (
         (SelectivePreferenceLoss(ref_model=policy), None, ["self_reference", "ties"]),
-        (SelectivePreferenceLoss(), PreferenceCollator(tokenizer, ref_store=own), ["self_reference", "ties"]),
-        (SelectivePreferenceLoss("dpo"), PreferenceCollator(tokenizer, ref_store=own), []),
+        (SelectivePreferenceLoss(), PreferenceCollator(tokenizer, reference_store=own), ["self_reference", "ties"]),
+        (SelectivePreferenceLoss("dpo"), PreferenceCollator(tokenizer, reference_store=own), []),
     ):
         callback = SelectionCallback()
         build(loss=loss, collator=collator, callback=callback, max_steps=1).train()
@@ -635,7 +635,7 @@ def test_a_broken_number_stops_the_run_before_the_step(
     build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
 ) -> None:
     """The Trainer's own filter would hide it from the logs and take the step."""
-    collator = PreferenceCollator(tokenizer, ref_store=broken_store(store, pairs[9]))
+    collator = PreferenceCollator(tokenizer, reference_store=broken_store(store, pairs[9]))
     trainer = build(loss=SelectivePreferenceLoss(), collator=collator, logging_nan_inf_filter=True)
     with pytest.raises(NonFiniteError, match=rf"step 3: .*ref_per_token_logps.*rows 1 .*{pairs[9].place}"):
         trainer.train()
@@ -648,7 +648,7 @@ def test_a_broken_number_stops_the_run_before_the_step(
 def test_pairs_with_a_broken_reference_can_be_left_out(
     build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
 ) -> None:
-    broken = PreferenceCollator(tokenizer, ref_store=broken_store(store, pairs[9]))
+    broken = PreferenceCollator(tokenizer, reference_store=broken_store(store, pairs[9]))
     callback = SelectionCallback()
     loss = SelectivePreferenceLoss(non_finite="skip")
     trainer = build(loss=loss, collator=broken, callback=callback, evaluation=pairs[8:12])
@@ -660,7 +660,7 @@ def test_pairs_with_a_broken_reference_can_be_left_out(
     rest = build(
         model=trainer.model,
         loss=SelectivePreferenceLoss(),
-        collator=PreferenceCollator(tokenizer, ref_store=store),
+        collator=PreferenceCollator(tokenizer, reference_store=store),
         evaluation=[pairs[8], *pairs[10:12]],
     ).evaluate()
     with_broken = trainer.evaluate()
@@ -719,7 +719,7 @@ def test_an_adapter_switched_off_is_a_reference(build: Run, pairs: list[Tokenize
 
 def test_bf16(build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore) -> None:
     """Under autocast and with bf16 weights: finite, and near the float32 run; log-probs and losses stay float32."""
-    collator = PreferenceCollator(tokenizer, ref_store=store)
+    collator = PreferenceCollator(tokenizer, reference_store=store)
     options = {"loss": SelectivePreferenceLoss(), "collator": collator, "evaluation": pairs[30:], "max_steps": 2}
     exact = build(**options)
     exact.train()
@@ -763,7 +763,7 @@ def test_what_a_collator_gives_the_model_the_reference_reads_too(
     collator = Spreading(tokenizer)
     with pytest.raises(ValueError, match=r"gives the model position_ids, and the reference does not see it: put it"):
         build(collator=collator)
-    stored = Spreading(tokenizer, ref_store=store)
+    stored = Spreading(tokenizer, reference_store=store)
     with pytest.raises(ValueError, match="gives the model position_ids, and a store holds log-probs of token ids"):
         build(collator=stored, loss=SelectivePreferenceLoss())
     collator.told = True
@@ -830,8 +830,8 @@ def parts(
         pairs=pairs,
         policy_folder=policy_folder,
         policy=model_of(policy_folder),
-        stored=PreferenceCollator(tokenizer, ref_store=store),
-        partly_stored=PreferenceCollator(tokenizer, ref_store=partial_store),
+        stored=PreferenceCollator(tokenizer, reference_store=store),
+        partly_stored=PreferenceCollator(tokenizer, reference_store=partial_store),
     )
 
 
@@ -856,9 +856,9 @@ REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "another loss": (lambda it: {"loss": lambda *_: None}, "compute_loss_func=SelectivePreferenceLoss"),
     "no reference": (
         lambda it: {"loss": SelectivePreferenceLoss()},
-        r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(ref_st",
+        r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(reference_st",
     ),
-    "two references": (lambda it: {"collator": it.stored}, "both ref_store and ref_model are given"),
+    "two references": (lambda it: {"collator": it.stored}, "both reference_store and ref_model are given"),
     "training rows not stored": (
         lambda it: {"loss": SelectivePreferenceLoss(), "collator": it.partly_stored},
         "10 of 30 pairs.*selective-pref score",
@@ -874,9 +874,9 @@ REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     ),
     "a store that is not read": (
         lambda it: {"loss": SelectivePreferenceLoss("simpo"), "collator": it.stored},
-        "'simpo' reads no reference: leave ref_store out",
+        "'simpo' reads no reference: leave reference_store out",
     ),
-    "a scorer that is not read": (
+    "a scoring reference that is not read": (
         lambda it: {"loss": SelectivePreferenceLoss("dpo", ref_model=it.policy, scoring_ref_model=it.policy)},
         "'dpo' selects no tokens: leave scoring_ref_model out",
     ),
@@ -1107,7 +1107,7 @@ def test_options_of_the_objects_that_make_no_sense(
         (lambda: SelectivePreferenceLoss(non_finite="hide"), "'raise' or 'skip'"),
         (lambda: SelectionCallback(beta=0.1), r"SelectivePreferenceLoss\(beta=...\)"),
         (lambda: SelectionCallback(patience=1), "patience must be at least 2"),
-        (lambda: PreferenceCollator(tokenizer, ref_store="folder"), "must be a ReferenceStore"),
+        (lambda: PreferenceCollator(tokenizer, reference_store="folder"), "must be a ReferenceStore"),
         (lambda: SelectivePreferenceTrainer(model=model_of(policy_folder)), "give data_collator"),
         (lambda: SelectionCallback().on_init_end(None, None, None), "call its attach"),
     ):
@@ -1118,7 +1118,7 @@ def test_options_of_the_objects_that_make_no_sense(
             model=model_of(policy_folder),
             args=arguments(remove_unused_columns=True),
             processing_class=tokenizer,
-            ref_store=store,
+            reference_store=store,
             train_dataset=pairs[:4],
         )
     labels = PreferenceCollator(tokenizer)(pairs[:2])["labels"]

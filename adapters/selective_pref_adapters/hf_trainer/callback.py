@@ -24,7 +24,6 @@ from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
     check_references,
-    check_resumable,
     check_rows,
     check_schedules,
     check_trainer,
@@ -32,9 +31,9 @@ from selective_pref_adapters.hf_trainer.checks import (
     models_of,
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
-from selective_pref_adapters.model_checks import check_padding, check_trainable
+from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_trainable
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
-from selective_pref_adapters.objectives import Schedule, logged_numbers, selects
+from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, logged_numbers, selects
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
 from selective_pref_adapters.seeing.pictures import remove_selections_after
 from selective_pref_adapters.seeing.shown import shown_pairs
@@ -133,6 +132,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         collator.fused_head = trainer.model_init is None and install_fused_head(
             trainer.model, at_first_call=True, share_prefix=collator.share_prefix
         )
+        collator.chosen_only = collator.chosen_only or loss.objective in CHOSEN_ONLY
         models = models_of(trainer)
         check_padding(collator.tokenizer, models)
         collator.set_max_length(models)
@@ -153,7 +153,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             self.warnings, self.history, self._drawn_at = [], {}, -1
         else:
-            check_resumable(self.trainer)
+            check_reloadable(self.trainer, "resume_from_checkpoint")
         if self.picture_pairs and state.is_world_process_zero:
             remove_selections_after(Path(args.output_dir), state.global_step)  # of another run, or one that is resumed
         stored = state.stateful_callbacks.get(type(self).__name__)
@@ -199,7 +199,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
                 self._warn("self_reference")
 
     def _starts_at_the_reference(self) -> bool:
-        """Whether the reference that scores is the initial policy; False where only the first step can tell."""
+        """Whether the reference of the scores is the initial policy; False where only the first step can tell."""
         references = self.loss.references
         reference = references.get(SCORING_REF_LOGPS) or references.get(REF_LOGPS)
         return not self.trainer.is_fsdp_enabled and is_initial_policy(reference, self.trainer.model)
@@ -270,7 +270,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         if self.trainer.is_world_process_zero():
             tokenizer = self.trainer.data_collator.tokenizer
             pairs = self.trainer.data_collator.pairs(rows)
-            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs if pair.rejected_ids]
             keep_selection(self.trainer, shown_pairs(out, ids, tokenizer, places=places))
 
     def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
@@ -303,7 +303,7 @@ def _runnable(trainer: Any) -> Any:
 
 
 def _let_logs_carry_metrics(trainer: Any) -> None:
-    """Everything that the Trainer logs goes through its `log`, before `log_history` and before any logger."""
+    """Wraps the Trainer's `log`, so that every line gets the metrics before `log_history` and the loggers see it."""
     write = trainer.log
     if hasattr(write, "carries_metrics"):
         return

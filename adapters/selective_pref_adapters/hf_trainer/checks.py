@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
-from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
+from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, NO_REJECTED, SelectivePreferenceLoss
 from selective_pref_adapters.model_checks import (
     check_no_auxiliary_loss,
     check_reloadable,
@@ -24,7 +24,7 @@ from selective_pref_adapters.model_checks import (
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
 from selective_pref_adapters.models import check_token_ids, context_length, has_dropout, keep_trainable_in_4_bits
 from selective_pref_adapters.named_losses import check_pair_weights, weights_line
-from selective_pref_adapters.objectives import Schedule, as_names
+from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, as_names
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,10 @@ def check_trainer(trainer: Trainer) -> None:
             "an IterableDataset on several processes is dispatched, which tears pairs apart: set "
             "accelerator_config={'dispatch_batches': False}",
         ),
+        (
+            collator.chosen_only and isinstance(loss.objective, str) and loss.objective not in CHOSEN_ONLY,
+            NO_REJECTED.format(objective=loss.objective),
+        ),
         (args.use_liger_kernel, "use_liger_kernel replaces the forward that the fused head stands in: set it to False"),
         (
             trainer.compute_metrics is not None,
@@ -100,17 +104,12 @@ def check_policy(trainer: Trainer) -> None:
         check_reloadable(trainer, "load_best_model_at_end")
 
 
-def check_resumable(trainer: Trainer) -> None:
-    """Raises ValueError where the `Trainer` has not loaded all weights of the checkpoint that it goes on from."""
-    check_reloadable(trainer, "resume_from_checkpoint")
-
-
 def check_references(trainer: Trainer) -> None:
     """Raises ValueError unless there is exactly one reference where the objective reads one."""
     loss, stores = trainer.compute_loss_func, trainer.data_collator.stores
-    for key, name in ((REF_LOGPS, "ref"), (SCORING_REF_LOGPS, "scoring_ref")):
-        given = [option for option in (f"{name}_store",) if option in stores]
-        given += [f"{name}_model"] if key in loss.references else []
+    for key, prefix in ((REF_LOGPS, ""), (SCORING_REF_LOGPS, "scoring_")):
+        given = [option for option in (f"{prefix}reference_store",) if option in stores]
+        given += [f"{prefix}ref_model"] if key in loss.references else []
         if len(given) > 1:
             raise ValueError(f"both {given[0]} and {given[1]} are given: leave one of them out")
         if given and not loss.reads_reference:

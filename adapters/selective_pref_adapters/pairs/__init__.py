@@ -16,6 +16,7 @@ from selective_pref_adapters.pairs.collate import (
     collate,
     completion_mask,
     pair_weights,
+    uncounted_spans,
 )
 from selective_pref_adapters.pairs.reading import read_rows, scan_rows
 from selective_pref_adapters.pairs.report import TokenizationReport
@@ -47,4 +48,5 @@ __all__ = [
     "scan_rows",
     "split_by_prompt",
     "tokenize_pairs",
+    "uncounted_spans",
 ]

@@ -70,6 +70,7 @@ def show_rows(config: RowsConfig) -> int:
     everything = {
         "pairs": config.pairs,
         "tokenizer": config.tokenizer,
+        "objective": config.objective,
         "max_length": length,
         "truncation_mode": config.truncation_mode,
         "notes": notes,
@@ -109,7 +110,8 @@ def look_at_rows(config: RowsConfig, tokenizer: Any, length: int, notes: list[st
 
     def well_formed() -> Iterator[PreferenceRow]:
         columns = parse_columns(config.columns)
-        for number, row in enumerate(scan_rows(config.pairs, columns=columns, notes=notes)):
+        chosen_only = config.objective == "sft"
+        for number, row in enumerate(scan_rows(config.pairs, columns=columns, notes=notes, chosen_only=chosen_only)):
             found.report.rows += 1
             if isinstance(row, RowError):
                 malformed(number, row)
@@ -144,12 +146,9 @@ def judge(found: Findings, encoded: EncodedRow, length: int, config: RowsConfig)
     pair = encoded.pair
     if pair is None:
         return
-    for name, tokens in (
-        ("prompt", pair.chosen_prompt_length),
-        ("chosen", len(pair.chosen_ids) - pair.chosen_prompt_length),
-        ("rejected", len(pair.rejected_ids) - pair.rejected_prompt_length),
-    ):
-        found.lengths[name].append(tokens)
+    found.lengths["prompt"].append(pair.chosen_prompt_length)
+    for name, ids, _ in pair.sides():
+        found.lengths[name].append(len(ids) - pair.chosen_prompt_length)
     if reason is not None:
         found.report.left_out[reason] += 1
         found.first.setdefault(reason, encoded.row.place)
@@ -245,7 +244,8 @@ def as_text(everything: dict[str, Any]) -> Iterator[str]:
     for name, spread in summary["tokens"].items():
         if spread:
             yield f"  {name} tokens: " + ", ".join(f"{what} {count:g}" for what, count in spread.items())
-    for name in ("truncated", "duplicates", "equal_sides", "prompts_that_differ", "prompt_end_changes", "tools_unread"):
+    of_pairs = () if everything["objective"] == "sft" else ("equal_sides", "prompts_that_differ")
+    for name in ("truncated", "duplicates", *of_pairs, "prompt_end_changes", "tools_unread"):
         yield f"  {name.replace('_', ' ')}: {summary[name]}"
     for reason, what in summary["left_out"].items():
         yield f"  left out: {what['rows']}, {reason} (first: {what['first']}): {what['remedy']}"
@@ -259,7 +259,8 @@ def _row_lines(row: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{row['place']}: {row['schema']}" + (f", {row['tools']} tools" if row["tools"] else "")
     for name in ("chosen", "rejected"):
-        side = row[name]
+        if (side := row.get(name)) is None:
+            continue
         start, total = side["prompt_length"], len(side["ids"])
         special = ", ".join(f"{token} {count}" for token, count in side["special"].items()) or "none"
         cut = f"; {side['cut_off']} tokens cut off" if side["cut_off"] else ""

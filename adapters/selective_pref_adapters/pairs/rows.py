@@ -41,7 +41,8 @@ class PreferenceRow:
 
     Attributes:
         prompt, chosen, rejected: all three text, or all three lists of messages (`role`, `content` as text, and what
-            else a chat template reads, such as `tool_calls`).
+            else a chat template reads, such as `tool_calls`). `rejected` is None for supervised training, which reads
+            the chosen side alone.
         tools: functions that the chat template is told of, as JSON schemas; None for none.
         template_options: further variables of the chat template (`chat_template_kwargs` in TRL's rows).
         schema: the name of the schema that it was read by.
@@ -50,12 +51,17 @@ class PreferenceRow:
 
     prompt: Prose
     chosen: Prose
-    rejected: Prose
+    rejected: Prose | None
     place: str
     tools: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] = field(default_factory=dict[str, Any])
     schema: str = ""
     weight: float | None = None
+
+    @property
+    def answers(self) -> tuple[Prose, ...]:
+        """Chosen and rejected, or the chosen one alone."""
+        return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
 
     @property
     def prompt_key(self) -> str:

@@ -60,8 +60,7 @@ def _is_conversation(side: Messages) -> bool:
 def _check_not_repeated(prompt: str, chosen: str, rejected: str, place: str) -> None:
     if len(prompt) >= _REPEATED and chosen.startswith(prompt) and rejected.startswith(prompt):
         raise RowError(
-            f"{place}: chosen and rejected begin with the prompt, which would be read twice and trained on: cut it off "
-            "the two sides",
+            f"{place}: the answers begin with the prompt, which would be read twice and trained on: cut it off them",
             "prompt repeated in the completions",
         )
 

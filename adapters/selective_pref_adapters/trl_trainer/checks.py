@@ -21,8 +21,8 @@ from selective_pref_adapters.models import (
     own_vocabulary,
 )
 from selective_pref_adapters.objectives import check_objective, selects
-from selective_pref_adapters.options import SelectionOptions
-from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
+from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,8 @@ def check_arguments(args: Any, objective: Objective | None, datasets: list[Any])
     if not isinstance(args, SelectiveDPOConfig):
         raise TypeError(f"args must be a SelectiveDPOConfig, DPOConfig with a selection; got {type(args).__name__}")
     check_options(args)  # again: options may have been set since
-    if objective is not None:
-        for name in _OF_THE_LOSS:
-            option = next(f for f in dataclasses.fields(args) if f.name == name)
-            if getattr(args, name) != default_of(option):
-                raise ValueError(f"{name} is not read beside objective=: bind it there, or leave objective out")
+    if objective is not None and (unread := changed(args, _OF_THE_LOSS)):
+        raise ValueError(f"{next(iter(unread))} is not read beside objective=: bind it there, or leave objective out")
     for dataset in datasets:
         columns = getattr(dataset, "column_names", None) or []
         if args.reference_store is not None and ("image" in columns or "images" in columns):
@@ -49,20 +46,12 @@ def check_arguments(args: Any, objective: Objective | None, datasets: list[Any])
             check_stored_dataset(dataset)
 
 
-_OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)] + [
-    "selection_warmup_steps",
-    "scores",
-    "loss_type",
-    "loss_weights",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "ld_alpha",
-]
+_OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)]
+_OF_THE_LOSS += ["selection_warmup_steps", "scores", *PAIR_LOSS]
 
 
 def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
-    """Raises at models that cannot be trained, saved or compared; before any row is scored.
+    """Raises at models that cannot be trained, saved or compared; before they compute log-probs of a row.
 
     Args:
         trainer: a `DPOTrainer` whose models are there.
@@ -115,7 +104,7 @@ def check_ids(model: Any, datasets: list[Any]) -> None:
 
 
 def selects_by_alignment(args: SelectiveDPOConfig, objective: Objective | None) -> bool:
-    """Whether the loss keeps some tokens by the alignment score; for a custom objective, whether it scores tokens."""
+    """Whether the loss selects tokens by the alignment score; a custom objective selects where it returns scores."""
     if objective is None:
         return selects(args.ratio(), args.min_score) and args.scores == "alignment"
     return check_objective(objective).chosen.scores is not None

@@ -23,11 +23,7 @@ from trl import DPOTrainer
 from selective_pref import NonFiniteError, Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
 from selective_pref_adapters.batch import PAIR_WEIGHTS, Batch, from_bits
-from selective_pref_adapters.heads import (
-    install_fused_head,
-    model_logps_and_statistics,
-    model_logps_statistics_and_auxiliary_loss,
-)
+from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.model_checks import check_reloadable, check_trainable
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
 from selective_pref_adapters.models import switch_off_dropout, usable_length
@@ -247,18 +243,16 @@ class SelectiveDPOTrainer(DPOTrainer):
 
         In an evaluation on several processes, pairs that were repeated to fill up the last batch are not counted.
         """
-        auxiliary = None
         with images_must_fit(self.args.max_length):
-            if self.aux_loss_enabled:
-                logps, statistics, auxiliary = model_logps_statistics_and_auxiliary_loss(model, inputs)
-            else:
-                logps, statistics = model_logps_and_statistics(model, inputs)
+            logps, statistics, auxiliary = model_logps_and_statistics(
+                model, inputs, auxiliary_loss=self.aux_loss_enabled
+            )
         ref_logps = self.reference.logps_of(inputs)
         pair_weights = self._pair_weights(inputs, logps, statistics)
         out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=pair_weights)
-        if self.args.raise_on_non_finite and not finite_everywhere(out.losses):
+        if self.args.non_finite == "raise" and not finite_everywhere(out.losses):
             error = non_finite_error(out, self._where)
-            raise NonFiniteError(f"{error}. With raise_on_non_finite=False the run goes on regardless") from error
+            raise NonFiniteError(f"{error}. With non_finite='ignore' the run goes on, as with DPOTrainer") from error
         pairs = len(out.losses)
         own = pairs if self._mode == "train" else own_pairs(pairs)
         self._add_metrics(inputs, out, logps, ref_logps, statistics, auxiliary, own)
@@ -300,7 +294,7 @@ class SelectiveDPOTrainer(DPOTrainer):
     # --- before the first step ---------------------------------------------------------------------------------------
 
     def _check_once(self) -> None:
-        """Checks the models that TRL has loaded, before a row is scored with them."""
+        """Checks the models that TRL has loaded, before they compute log-probs of a row."""
         if not self._checked:
             check_built(self, self.reference.model, self.reference.tokenizer)
             check_ids(self.model, [self.train_dataset, *_all_sets(self.eval_dataset)])
