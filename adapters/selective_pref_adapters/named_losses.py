@@ -72,8 +72,8 @@ class NamedLoss:
             shorter one count for α. The supervised term reads every token. None for 1.
 
     Raises:
-        ValueError: a name that there is not; weights of another number; a divergence with a loss that has none; α of
-            LD-DPO out of range. Numbers of the losses are checked when it is called.
+        ValueError: a name that there is not; weights of another number, or all 0; a divergence with a loss that has
+            none; α of LD-DPO out of range. Numbers of the losses are checked when it is called.
     """
 
     loss_type: Sequence[str]
@@ -96,6 +96,8 @@ class NamedLoss:
             raise ValueError(
                 f"loss_weights must have one weight for each loss_type; got {len(self.loss_weights)} for {len(names)}"
             )
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise ValueError("every one of loss_weights is 0, so nothing would be learnt: give one above 0")
         if self.f_divergence_type != "reverse_kl" and (wrong := [n for n in names if n not in _OF_DIFFERENCES]):
             raise ValueError(
                 f"f_divergence_type {self.f_divergence_type!r} is for losses of the difference of two rewards, in "

@@ -11,12 +11,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+)
 from trl import DPOConfig, DPOTrainer
 
 from selective_pref_adapters.models import keep_trainable_in_4_bits
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from tiny import make_mixture, make_model, make_text_and_image_model, text_rows
+from tiny import make_mixture, make_model, make_model_with_processor, make_text_and_image_model, text_rows
 
 ROWS = text_rows(12)
 
@@ -201,6 +207,7 @@ def test_a_ratio_for_each_side_a_threshold_and_a_supervised_term(
         ({"loss_type": ["sigmoid", "kto"]}, "loss_type must be one of .*; got 'kto'$"),
         ({"loss_type": []}, "loss_type must be a list of at least one name"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -1.0]}, "weight of a term must be a finite number"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 0.0]}, "every one of loss_weights is 0"),
         ({"loss_type": "exo_pair"}, "label_smoothing of exo_pair must be above 0"),
         ({"f_divergence_type": "kl"}, "f_divergence_type must be one of"),
         ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "in which log Z cancels .*; not for nca_pair"),
@@ -277,3 +284,60 @@ def test_text_rows_on_a_model_that_also_reads_images(tmp_path: Path, reference_f
     unused = {"ddp_find_unused_parameters": True}  # the part that reads images, where a process group is there
     args = SelectiveDPOConfig(**settings(tmp_path, selection_ratio=0.4, **unused))
     assert all(line["grad_norm"] > 0 for line in run(folder, reference_folder, args))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Policy and reference that read images."""
+    pytest.importorskip("PIL", reason="pillow is not installed")
+    folder = tmp_path_factory.mktemp("seeing")
+    return make_model_with_processor(folder / "policy", seed=1), make_model_with_processor(folder / "ref", seed=2)
+
+
+def looked_at(folders: tuple[Path, Path], args: Any, rows: list[Any]) -> list[dict[str, float]]:
+    policy, reference = (
+        LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32) for folder in folders
+    )
+    return steps(
+        (SelectiveDPOTrainer if isinstance(args, SelectiveDPOConfig) else DPOTrainer)(
+            model=policy,
+            ref_model=reference,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoProcessor.from_pretrained(folders[0]),
+        )
+    )
+
+
+def test_images_reach_policy_and_reference(seeing: tuple[Path, Path], tmp_path: Path) -> None:
+    """At ratio 1 the steps are the stock trainer's; other pictures make another loss, below ratio 1, too."""
+    from PIL import Image
+
+    def drawn(colour: str) -> list[Any]:
+        turns = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        return [
+            {
+                "images": [Image.linear_gradient("L").convert("RGB") if n % 2 else Image.new("RGB", (40, 30), colour)],
+                **{side: [{"role": role, "content": row[side].strip()}] for side, role in turns.items()},
+            }
+            for n, row in enumerate(ROWS[:4])
+        ]
+
+    theirs = looked_at(seeing, DPOConfig(**settings(tmp_path)), drawn("red"))
+    ours = looked_at(seeing, SelectiveDPOConfig(**settings(tmp_path, selection_ratio=1.0)), drawn("red"))
+    for expected, got in zip(theirs, ours, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    args = SelectiveDPOConfig(**settings(tmp_path, selection_ratio=0.4, max_steps=1))
+    red, blue = looked_at(seeing, args, drawn("red"))[0], looked_at(seeing, args, drawn("blue"))[0]
+    assert 0.4 <= red["selection/fraction"] < 1
+    assert red["loss"] != pytest.approx(blue["loss"], rel=1e-4)
+
+
+def test_text_rows_of_a_model_with_a_processor_have_stored_log_probs(seeing: tuple[Path, Path], tmp_path: Path) -> None:
+    beside = looked_at(seeing, SelectiveDPOConfig(**settings(tmp_path, selection_ratio=0.4)), ROWS)
+    store = {"reference_store": str(tmp_path / "store"), "precompute_ref_log_probs": True}
+    stored = looked_at(seeing, SelectiveDPOConfig(**settings(tmp_path, selection_ratio=0.4, **store)), ROWS)
+    for expected, got in zip(beside, stored, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert got["grad_norm"] > 0

@@ -113,6 +113,48 @@ def make_text_and_image_model(folder: Path, seed: int) -> Path:
     return folder
 
 
+def make_model_with_processor(folder: Path, seed: int) -> Path:
+    """Saves a Llava of a few thousand parameters and its processor, whose images are read by pillow."""
+    import torch
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = make_tokenizer(["<image>", "user", "assistant", *WORDS])
+    tokenizer.add_tokens(["<image>"], special_tokens=True)  # a token without spaces around it, too
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.3}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**sizes, **text, **ids),
+        vision_config=CLIPVisionConfig(**{**sizes, "num_hidden_layers": 2}, image_size=28, patch_size=14),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    parts = (
+        "{% for m in messages %}{{ m['role'] + ' ' }}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+        "<image> {% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    side = {"height": 28, "width": 28}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=parts,
+    ).save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path

@@ -38,7 +38,7 @@ READ_ROW = "preference_row"
 """The column of a data set that holds rows which are read already."""
 
 _MALFORMED = "malformed: "
-_SKIP = "skip_malformed_rows leaves such rows out and counts them"
+_SKIP = "skip_malformed_rows leaves such rows out and counts them; stock_tokenization lets TRL read them"
 _SPANS = ListOf(ListOf(Value("int32")))
 _FEATURES = Features(
     {
