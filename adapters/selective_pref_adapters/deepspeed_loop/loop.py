@@ -56,7 +56,6 @@ from selective_pref_adapters.deepspeed_loop.resume import (
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog, write_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
     evaluation_batches,
-    first_pairs,
     make_order,
     number_of_steps,
     pair_length,
@@ -252,13 +251,12 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
 
 
 def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None) -> PreferenceLoss:
-    """Token ids of a batch → log-probs of policy and references → losses of its first `count` pairs (None: of all)."""
+    """Token ids of a batch → log-probs of policy and references → its losses, of the first `count` pairs (None, 0: of all)."""
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
-    batch = {name: first_pairs(tensor, count, len(pairs)) for name, tensor in batch.items()}
-    counted = (None if some is None else first_pairs(some, count, len(pairs)) for some in logps)
-    return loss_of_batch(run.objective, batch, *counted, chosen_only=run.chosen_only)
+    counted = None if count is None else torch.arange(len(pairs)) < count
+    return loss_of_batch(run.objective, batch, *logps, chosen_only=run.chosen_only, pairs=counted)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:
@@ -274,7 +272,7 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
     seen: list[tuple[dict[str, torch.Tensor], int]] = []
     with torch.no_grad():
         for pairs, count in batches:
-            out = losses_of(run, pairs, max(count, 1))
+            out = losses_of(run, pairs, count)
             if finite_everywhere(out.losses):
                 seen.append((diagnostics(out, chosen_only=run.chosen_only), count))
             else:

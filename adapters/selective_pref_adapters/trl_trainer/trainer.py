@@ -335,13 +335,12 @@ class SelectiveDPOTrainer(DPOTrainer):
     ) -> None:
         """Adds a micro-batch to what is logged next: its first `own` pairs; others were seen before."""
         pairs = len(out.losses)
-        if own < pairs:
-            rows = torch.arange(2 * pairs, device=logps.device) % pairs < max(own, 1)
-            inputs = {name: inputs[name][rows] for name in ("completion_mask", "attention_mask")}
+        if 0 < own < pairs:
+            counted = torch.arange(pairs) < own
+            out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=out.pair_weights, pairs=counted)
+            rows = counted.repeat(2)
+            inputs = {"attention_mask": inputs["attention_mask"][rows]}
             statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})
-            weights = None if out.pair_weights is None else out.pair_weights[rows[:pairs]]
-            some_ref = None if ref_logps is None else ref_logps[rows]
-            out = loss_of_batch(self.objective, inputs, logps[rows], some_ref, pair_weights=weights)
         metrics = batch_metrics(inputs, out, statistics)
         if auxiliary is not None:
             metrics["aux_loss"] = auxiliary
