@@ -251,7 +251,13 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
 
 
 def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None) -> PreferenceLoss:
-    """Token ids of a batch → log-probs of policy and references → its losses, of the first `count` pairs (None, 0: of all)."""
+    """Token ids of a batch → log-probs of policy and references → losses.
+
+    Args:
+        run: with the models.
+        pairs: the batch.
+        count: how many of the pairs, the first ones, are read by the loss; None or 0 for all.
+    """
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
