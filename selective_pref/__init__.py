@@ -29,6 +29,7 @@ from selective_pref.rewards import Reward, mean_log_ratio, mean_logp, summed_log
 from selective_pref.scores import ScoreFunction, alignment_scores, excess_loss_scores
 from selective_pref.selection import Ties, quantile_weights, ratio_digits, top_fraction_weights
 from selective_pref.terms import combine_losses, weigh_pairs
+from selective_pref.veto import VetoSides, teacher_veto_loss, veto_weights
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "ScoreFunction",
     "SelectionRatio",
     "Ties",
+    "VetoSides",
     "alignment_scores",
     "aot_loss",
     "check_finite",
@@ -62,7 +64,9 @@ __all__ = [
     "sft_loss",
     "simpo_loss",
     "summed_log_ratio",
+    "teacher_veto_loss",
     "token_sft_loss",
     "top_fraction_weights",
+    "veto_weights",
     "weigh_pairs",
 ]

@@ -722,6 +722,15 @@ def test_keys_that_the_command_refuses(
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_does_not_wait_for_answers(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
 ) -> None:
@@ -746,6 +755,7 @@ def test_an_interruption_does_not_wait_for_answers(
     assert store.stat().rows == 4  # what was computed before is stored
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_does_not_wait_for_pauses(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
 ) -> None:
