@@ -218,6 +218,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def running_model(trainer: Any) -> Any:
+    """The policy of a `Trainer` as it is called without a gradient: inside the engine where one shards its weights."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return trainer.model_wrapped if sharded else trainer.model
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,7 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference, policy_weights
 from selective_pref_adapters.pairs import parse_columns
+from selective_pref_adapters.seeing.trackers import SelectionPictures
 from selective_pref_adapters.trl_trainer.checks import (
     check_arguments,
     check_built,
@@ -57,7 +59,7 @@ from selective_pref_adapters.trl_trainer.data import (
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
-from selective_pref_adapters.trl_trainer.pictures import SelectionPictures
+from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
 from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, WithPairWeights, are_weighted, check_weights
@@ -170,7 +172,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
         self.precompute_ref_logps = self.reference.built()
         if args.picture_pairs:
-            self.add_callback(SelectionPictures(self, args.picture_pairs))
+            self.add_callback(SelectionPictures(self, args.picture_pairs, partial(shown_rows, self)))
         selects = selects_by_alignment(args, objective)
         if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
             logger.warning("%s", SELF_REFERENCE)
