@@ -25,7 +25,6 @@ from transformers.utils.logging import disable_progress_bar
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.deepspeed_loop.checks import (
     check_config,
-    check_policy,
     check_space,
     configured_objective,
     image_note,
@@ -72,7 +71,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
     metrics_of_step,
 )
 from selective_pref_adapters.heads import model_per_token_logps
-from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.model_checks import check_padding, check_policy
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,

@@ -30,7 +30,7 @@ from selective_pref_adapters.hf_trainer.checks import (
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
 from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_trainable
-from selective_pref_adapters.models import running_model
+from selective_pref_adapters.models import running_model, usable_length
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, logged_numbers, selects
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
@@ -133,7 +133,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         collator.chosen_only = collator.chosen_only or loss.objective in CHOSEN_ONLY
         models = models_of(trainer)
         check_padding(collator.tokenizer, models)
-        collator.set_max_length(models)
+        collator.max_length = usable_length(collator.max_length, models)
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, models)
         _let_logs_carry_metrics(trainer)

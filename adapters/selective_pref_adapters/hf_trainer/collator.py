@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
-from selective_pref_adapters.models import pad_token_id, usable_length
+from selective_pref_adapters.models import pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
 from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
 from selective_pref_adapters.reference_store.store import ReferenceStore
@@ -103,14 +103,6 @@ class PreferenceCollator:
                     f"{name} must be a ReferenceStore; got {type(store).__name__}: ReferenceStore.open(path)"
                 )
             store.check_tokenizer(self.tokenizer)
-
-    def set_max_length(self, models: Mapping[str, Any]) -> None:
-        """Sets `max_length` where it was left open, to what all models can read, at most the paper's 4096.
-
-        Raises:
-            ValueError: `max_length` is more than a model can read.
-        """
-        self.max_length = usable_length(self.max_length, models)
 
     @property
     def stores(self) -> dict[str, ReferenceStore]:
