@@ -259,7 +259,8 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """These rows as the pictures show them. Every process calls it: weights may be sharded."""
         trainer = self.trainer
         labels = trainer._prepare_inputs(trainer.data_collator(rows))["labels"]
-        model = running_model(trainer).eval()
+        model = running_model(trainer)
+        model.eval()
         with torch.no_grad(), self.loss.without_metrics():  # they are not a part of the evaluation
             out, _ = self.loss.preferences(frozen_per_token_logps(model, labels), labels)
         return shown_pairs(out, labels["input_ids"], trainer.data_collator.tokenizer, places=labels.places)

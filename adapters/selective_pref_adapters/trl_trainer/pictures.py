@@ -15,7 +15,8 @@ from selective_pref_adapters.seeing.shown import ShownPair, shown_pairs
 def shown_rows(trainer: Any, rows: list[Any], first: int) -> list[ShownPair]:
     """What the loss says of these rows now; `first` is the number of the first of them. Every process calls it."""
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    model = running_model(trainer).eval()
+    model = running_model(trainer)
+    model.eval()
     with torch.no_grad():
         logps = frozen_per_token_logps(model, batch)
         out = loss_of_batch(trainer.objective, batch, logps, trainer.reference.logps_of(batch))
