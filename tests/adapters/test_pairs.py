@@ -111,7 +111,7 @@ GOOD = {"prompt": "w0", "chosen": "w1", "rejected": "w2"}
         ({"prompt": "w0", "chosen": 7, "rejected": "w1"}, "'chosen' must be text or a list of messages; got int"),
         ({"prompt": 1.5, "chosen": "w2", "rejected": "w1"}, "'prompt' must be text or a list of messages; got float"),
         ("[1, 2]", "expected an object"),
-        ({"prompt": "w0", "chosen": [message("assistant", "w1")], "rejected": "w1"}, "all text or all message lists"),
+        ({"prompt": "w0", "chosen": [message("assistant", "w1")], "rejected": "w1"}, "both text or both messages"),
         ({"prompt": [{"role": "user"}], "chosen": [], "rejected": []}, "'role' and 'content'"),
         ({"prompt": [{"role": "user", "content": 3}], "chosen": [], "rejected": []}, "text content; got int"),
         ({"chosen": "w1", "rejected": "w2"}, "no 'prompt'"),
