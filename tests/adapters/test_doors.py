@@ -228,6 +228,8 @@ def test_bad_rows_of_a_data_set_are_named_or_counted(caplog: pytest.LogCaptureFi
         prepared(Dataset.from_list([{**good, "chosen": " "}]), tokenizer, "train", **options)
     renamed = Dataset.from_list([{"q": "the ", "a": "egg", "b": "pot"}])
     columns = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    (pair,) = PreferenceCollator(tokenizer, columns=columns).pairs(renamed)
+    assert pair.chosen_ids == tokenizer.convert_tokens_to_ids(["the", "egg", "</s>"])
     done = prepared(renamed, tokenizer, "train", columns=columns, **options)
     assert done[0]["chosen_ids"] == tokenizer.convert_tokens_to_ids(["egg", "</s>"])
 
