@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from selective_pref_adapters.models import pad_token_id, text_config, vocabulary_size
+from selective_pref_adapters.models import keep_trainable_in_4_bits, pad_token_id, text_config, vocabulary_size
 
 
 def check_policy(policy: Any, tokenizer: Any, *, auxiliary_loss: bool = False) -> list[str]:
@@ -33,6 +33,7 @@ def check_policy(policy: Any, tokenizer: Any, *, auxiliary_loss: bool = False) -
     Raises:
         ValueError: nothing of it would learn, it asks for a loss that is not added, or it could not be saved.
     """
+    keep_trainable_in_4_bits(policy)
     check_trainable(policy)
     if not auxiliary_loss:
         check_no_auxiliary_loss(policy)

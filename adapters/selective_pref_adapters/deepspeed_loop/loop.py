@@ -82,7 +82,7 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.objectives import CHOSEN_ONLY, loss_of_batch, selects
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate, pair_weights
 from selective_pref_adapters.reference_store import ReferenceStore
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
 
@@ -261,7 +261,9 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
     counted = None if count is None else torch.arange(len(pairs)) < count
-    return loss_of_batch(run.objective, batch, *logps, chosen_only=run.chosen_only, pairs=counted)
+    weights = pair_weights(pairs)
+    weights = None if weights is None else weights.to(run.engine.device)
+    return loss_of_batch(run.objective, batch, *logps, pair_weights=weights, chosen_only=run.chosen_only, pairs=counted)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:

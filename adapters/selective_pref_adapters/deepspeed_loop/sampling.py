@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -110,6 +111,7 @@ def evaluation_batches(
     own = list(pairs[rank::world_size])
     rows = math.ceil(len(pairs) / world_size)
     filler = FILLER if pairs[0].rejected_ids else FILLER.chosen_only()
+    filler = filler if pairs[0].weight is None else replace(filler, weight=1.0)
     filled = [*own, *[filler] * (rows - len(own))]
     starts = range(0, rows, size)
     return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]

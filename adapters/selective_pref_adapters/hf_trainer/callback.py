@@ -135,7 +135,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         check_padding(collator.tokenizer, models)
         collator.max_length = usable_length(collator.max_length, models)
         for name, dataset in datasets_of(trainer):
-            check_rows(name, dataset, collator, models)
+            check_rows(name, dataset, collator, loss, models)
         _let_logs_carry_metrics(trainer)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
 from selective_pref_adapters.models import pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
 from selective_pref_adapters.pairs import (
@@ -25,7 +25,9 @@ from selective_pref_adapters.pairs import (
     RowError,
     TokenizedPair,
     Tokenizer,
+    checked_weight,
     collate,
+    pair_weights,
     preference_row,
     tokenize_pairs,
 )
@@ -36,7 +38,7 @@ _SPANS = ("chosen_uncounted", "rejected_uncounted")
 
 
 class PreferenceLabels(dict[str, Any]):
-    """The `labels` of a batch: its three tensors [2B T+1], stored reference log-probs as bits, and the rows' places.
+    """The `labels` of a batch: its three tensors [2B T+1], stored log-probs and weights as bits, and the rows' places.
 
     The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one per
     pair.
@@ -130,6 +132,8 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
+        if (weights := pair_weights(pairs)) is not None:
+            labels[PAIR_WEIGHTS] = to_bits(weights)
         for key, store in ((REF_LOGPS, self.reference_store), (SCORING_REF_LOGPS, self.scoring_reference_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))
@@ -156,7 +160,8 @@ class PreferenceCollator:
         given = {"rejected_ids": [], "rejected_prompt_length": 0, **row} if self.chosen_only else row
         if set(_IDS) <= given.keys():
             spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
-            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place)
+            weight = None if row.get("weight") is None else checked_weight(row["weight"], place)
+            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place, weight=weight)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)

@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
 from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import (
     MetricWindow,
@@ -191,7 +191,15 @@ class SelectivePreferenceLoss:
             raise ValueError(NO_REFERENCE.format(objective=self.objective))
         objective = self._bound(**(self.numbers if training else self.evaluation_numbers))
 
-        losses_of = partial(loss_of_batch, objective, labels, logps, *refs.values(), chosen_only=labels.chosen_only)
+        losses_of = partial(
+            loss_of_batch,
+            objective,
+            labels,
+            logps,
+            *refs.values(),
+            pair_weights=from_bits(labels[PAIR_WEIGHTS]) if PAIR_WEIGHTS in labels else None,
+            chosen_only=labels.chosen_only,
+        )
         kept = torch.ones(labels.pairs, dtype=torch.bool)
         out = losses_of()
         if not finite_everywhere(out.losses):

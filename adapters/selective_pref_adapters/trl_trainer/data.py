@@ -48,6 +48,7 @@ _FEATURES = Features(
         "chosen_uncounted": _SPANS,
         "rejected_uncounted": _SPANS,
         "place": Value("string"),
+        WEIGHT_COLUMN: Value("float64"),
         "left_out": Value("string"),
         "truncated": Value("bool"),
         "merged": Value("bool"),
@@ -115,18 +116,14 @@ def prepared(
         "code": _code_digest(),
     }
     options: dict[str, Any] = {"batched": True, "batch_size": 512, "with_indices": True, "fn_kwargs": how}
-    if streams and WEIGHT_COLUMN in first:
-        raise ValueError(
-            f"the {name} data set is a stream whose rows have weights, and rows that are left out would shift them: "
-            "give a datasets.Dataset, or set stock_tokenization"
-        )
     if streams:
-        return dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
-    weighted = {WEIGHT_COLUMN: dataset.features[WEIGHT_COLUMN]} if WEIGHT_COLUMN in first else {}
+        read = dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
+        weighted = (columns or {}).get(WEIGHT_COLUMN, WEIGHT_COLUMN) in first
+        return read if weighted else read.remove_columns(WEIGHT_COLUMN)
     done = dataset.map(
         _tokenized,
-        remove_columns=[column for column in dataset.column_names if column not in weighted],
-        features=Features({**_FEATURES, **weighted}),
+        remove_columns=dataset.column_names,
+        features=_FEATURES,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
         **options,
@@ -140,7 +137,8 @@ def prepared(
         )
     if report.kept < report.rows:
         done = done.select([number for number, reason in enumerate(done["left_out"]) if not reason])
-    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread"])
+    no_weights = [WEIGHT_COLUMN] if all(weight is None for weight in done[WEIGHT_COLUMN]) else []
+    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread", *no_weights])
 
 
 def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[TokenizationReport, list[str]]:
@@ -238,7 +236,7 @@ def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> 
 
 def _malformed(error: RowError) -> dict[str, Any]:
     empty: dict[str, Any] = {column: [] for column in _FEATURES if column.endswith(("ids", "uncounted"))}
-    flags = {"truncated": False, "merged": False, "tools_unread": False}
+    flags = {"truncated": False, "merged": False, "tools_unread": False, WEIGHT_COLUMN: None}
     return {**empty, **flags, "place": "", "left_out": f"{_MALFORMED}{error}"}
 
 
@@ -257,6 +255,7 @@ def _fitted(encoded: Any, max_length: int, mode: Truncation, skip: bool) -> dict
         "chosen_uncounted": [list(span) for span in pair.chosen_uncounted],
         "rejected_uncounted": [list(span) for span in pair.rejected_uncounted],
         "place": pair.place,
+        WEIGHT_COLUMN: pair.weight,
         "left_out": reason or "",
         "truncated": cut is not pair,
         "merged": encoded.merged,

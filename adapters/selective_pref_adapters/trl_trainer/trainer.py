@@ -62,7 +62,7 @@ from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_mea
 from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
-from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, WithPairWeights, are_weighted, check_weights
+from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, with_pair_weights
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +162,8 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         take_back_forward(self.model)
         self._use_own_collator()
-        if any(are_weighted(dataset) for dataset in [train_dataset, *_all_sets(eval_dataset)]):
-            check_weights(args.loss_type, train_dataset)
-            self.data_collator = WithPairWeights(collator=self.data_collator)
+        sets = [self.train_dataset, *_all_sets(self.eval_dataset)]
+        self.data_collator = with_pair_weights(self.data_collator, args.loss_type, sets)
         if args.disable_dropout:  # TRL reaches the rates of `nn.Dropout` alone
             switch_off_dropout(self.model)
         self._check_once()
