@@ -30,7 +30,7 @@ from selective_pref.scores import ScoreFunction, alignment_scores, excess_loss_s
 from selective_pref.selection import Ties, quantile_weights, ratio_digits, top_fraction_weights
 from selective_pref.terms import combine_losses, weigh_pairs
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "Divergence",
@@ -66,3 +66,15 @@ __all__ = [
     "top_fraction_weights",
     "weigh_pairs",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read when it is asked for: the package's metadata takes longer to find than all of this to import."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("selective-pref")
+    except PackageNotFoundError:  # a source tree on the path, never installed
+        return "0+unknown"
