@@ -260,15 +260,10 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
+    counted = None if count is None else torch.arange(len(pairs)) < count
     weights = pair_weights(pairs)
-    return loss_of_batch(
-        run.objective,
-        batch,
-        *logps,
-        pair_weights=None if weights is None else weights.to(run.engine.device),
-        chosen_only=run.chosen_only,
-        pairs=None if count is None else torch.arange(len(pairs)) < count,
-    )
+    weights = None if weights is None else weights.to(run.engine.device)
+    return loss_of_batch(run.objective, batch, *logps, pair_weights=weights, chosen_only=run.chosen_only, pairs=counted)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:
