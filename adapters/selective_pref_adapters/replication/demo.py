@@ -11,7 +11,6 @@ Every sentence is made from the numbers of this run, and says so when they do no
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.options import DemoConfig
 from selective_pref_adapters.pairs import read_rows, tokenize_pairs
 from selective_pref_adapters.replication.findings import Findings, sentences, show, spread_table
 from selective_pref_adapters.replication.judging import decisive_share, sample_answers, success_rate
@@ -59,15 +59,20 @@ SHOWN: dict[str, Any] = {"policy": "student", "reference": "teacher", "selection
 """What the page shows: the run with the strong reference, at its first step."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit status."""
-    options = parser().parse_args(argv)
-    scale = QUICK if options.quick else FULL
-    output_dir = free_folder(Path(options.output_dir))
+def demo(config: DemoConfig) -> None:
+    """Runs the demo.
+
+    Raises:
+        ValueError: fewer seeds than one.
+    """
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {config.seeds}")
+    scale = QUICK if config.quick else FULL
+    output_dir = free_folder(Path(config.output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     disable_progress_bar()  # of loading and saving models; ours are those of training
-    seeds = range(options.seed, options.seed + options.seeds)
+    seeds = range(config.seed, config.seed + config.seeds)
     start = time.monotonic()
     runs: dict[int, Findings] = {}
     with one_thread():
@@ -81,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"{time.monotonic() - start:.0f} s; data, models and results.json: {output_dir}", soft_wrap=True)
     for seed in seeds:
         console.print(show_selection(output_dir / f"seed-{seed}", **SHOWN), soft_wrap=True)
-    return 0
 
 
 def run(folder: Path, seed: int, scale: Scale) -> Findings:
@@ -191,36 +195,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
-    flags = argparse.ArgumentParser(
-        prog="selective-pref demo",
-        description=(
-            "A small language in which it is known which tokens decide, the library's own training job on it, and what "
-            "DPO and Selective-DPO make of it. No network, one CPU thread, under five minutes."
-        ),
-    )
-    flags.add_argument("--seed", type=int, default=0, help="of the language, the data and the models (default: 0)")
-    flags.add_argument(
-        "--seeds", type=positive, default=1, metavar="N", help="repeat with N seeds, from --seed up (default: 1)"
-    )
-    flags.add_argument(
-        "--output-dir",
-        default="runs/demo",
-        metavar="DIR",
-        help="data, models and results.json; if it holds anything, DIR-2, DIR-3, … is taken (default: runs/demo)",
-    )
-    flags.add_argument(
-        "--quick", action="store_true", help="a few steps of everything: shows that it runs, not what it learns"
-    )
-    return flags
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number
