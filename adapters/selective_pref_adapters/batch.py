@@ -18,7 +18,7 @@ Batch = Mapping[str, torch.Tensor]
 REF_LOGPS = "ref_per_token_logps_bits"
 """The batch's key of stored reference log-probs; see `to_bits`."""
 SCORING_REF_LOGPS = "scoring_ref_per_token_logps_bits"
-"""Likewise of the reference that scores tokens, where it is another than the one that anchors the reward."""
+"""Likewise of the reference from which scores are made, where another one anchors the reward."""
 
 PAIR_WEIGHTS = "pair_weights_bits"
 """Weights of the batch's pairs [B], from the rows' column "weight"; see `to_bits`."""

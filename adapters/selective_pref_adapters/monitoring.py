@@ -36,14 +36,14 @@ SIGNS = {
         "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
     ),
     "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
-    "find them and score them again",
+    "find them and compute their log-probs again",
     "ties": (
         "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
         "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
         "to 1"
     ),
 }
-"""What a run that looks wrong is told, by kind."""
+"""The warnings about a run that looks wrong, by kind."""
 MOSTLY_TIED = 0.5
 """A larger share of tokens on the threshold is the sign "ties"."""
 
@@ -220,7 +220,7 @@ def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the log of a run says of it.
+    """What the log of a run shows.
 
     Attributes:
         moved: a sentence on whether the full margin and accuracy rose or fell, or the loss of supervised training,
@@ -242,7 +242,7 @@ class Verdict:
 def verdict(
     lines: Sequence[Mapping[str, float | None]], *, selection_ratio: float = 1.0, patience: int = 10
 ) -> Verdict:
-    """What the log of a run says of it: whether the full margin and accuracy rose or fell, and what looks wrong.
+    """What the log of a run shows: whether the full margin and accuracy rose or fell, and what looks wrong.
 
     The full-sequence numbers decide, since the selected ones are biased by the selection. They are those of the
     evaluations, or of the training lines of a run without two evaluations. Margins of a run whose β changes are

@@ -1,7 +1,7 @@
 """The options of a loss, and of `selective-pref train`, `score` and `rows`, as dataclasses.
 
 Imports no framework, so that `--help` is quick. The command line and the YAML file are made from them: a field's name
-is the flag, its docstring (or its metadata) the help. The options of a loss are said here only: `train`, TRL's
+is the flag, its docstring (or its metadata) the help. The options of a loss are defined here only: `train`, TRL's
 configuration and the Hugging Face loss read them.
 """
 
@@ -119,7 +119,7 @@ class TrainInputs:
     reference_space: str | None = None
     """Which reference's log-probs to read, where reference_store holds those of several."""
     scoring_ref_model: str | None = None
-    """A second reference that scores the tokens, while the first anchors the reward."""
+    """A second reference, from which scores are made, while the first anchors the reward."""
     scoring_reference_store: str | None = None
     """Likewise, from a store."""
     scoring_reference_space: str | None = None
@@ -209,7 +209,7 @@ class TrainConfig(LossOptions, TrainInputs):
 
 
 _SELECTION = ("selection_ratio", "selection_pool", "selection_ties", "min_score")
-_PAIR_LOSS = (
+PAIR_LOSS = (
     "loss_type",
     "loss_weights",
     "f_divergence_type",
@@ -217,11 +217,12 @@ _PAIR_LOSS = (
     "discopop_tau",
     "ld_alpha",
 )
+"""Options that say which pair loss it is."""
 UNREAD: dict[str, tuple[str, ...]] = {
     "selective_dpo": ("gamma",),
     "dpo": ("gamma", *_SELECTION),
-    "simpo": (*_PAIR_LOSS, *_SELECTION),
-    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *_PAIR_LOSS, *_SELECTION),
+    "simpo": (*PAIR_LOSS, *_SELECTION),
+    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *PAIR_LOSS, *_SELECTION),
 }
 """Options of the loss that an objective does not read: setting one is an error."""
 

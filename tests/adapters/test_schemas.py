@@ -378,7 +378,7 @@ TRL = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({**TRL, "question": "what else"}, r"column 'question' is not in the prompt.*--columns prompt=question"),
         ({**TRL, "context": "a long text"}, r"column 'context' is not in the prompt"),
         ({**TRL, "history": [["a", "b"]]}, r"column 'history' is not in the prompt"),
-        ({**TRL, "images": ["cat.png"]}, r"column 'images' .*only text is scored"),
+        ({**TRL, "images": ["cat.png"]}, r"column 'images' .*only text is trained on"),
         ({**TRL, "prompt": [user("x")], "system": 3}, r"'system' must be text; got int"),
         ({"chosen": "b", "rejected": "c", "system": "s"}, r"it would be lost"),
         (

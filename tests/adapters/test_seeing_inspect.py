@@ -139,7 +139,7 @@ def test_a_store_serves_as_well_as_the_model_it_holds(options: dict[str, Any], t
         assert ours.place == theirs.place
         for (_, one), (_, other) in zip(ours.sides, theirs.sides, strict=True):
             assert one.texts == other.texts
-            assert one.ref_logps == pytest.approx(other.ref_logps, rel=1e-5)  # scored in another batch
+            assert one.ref_logps == pytest.approx(other.ref_logps, rel=1e-5)  # computed in another batch
             assert one.weights == other.weights
     with pytest.raises(MissingRowsError, match=r"1 of 2 pairs are not in the store .*pairs\.jsonl:6"):
         inspect(InspectConfig(**{**options, "ref_model": None}, store=str(tmp_path / "store"), rows="5-6"))

@@ -21,6 +21,7 @@ from selective_pref_adapters.pairs import (
     completion_mask,
     preference_row,
     tokenize_pairs,
+    uncounted_spans,
 )
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.reference_store.store import rows_of_pairs
@@ -267,3 +268,6 @@ def test_a_row_that_the_template_refuses_is_named_and_can_be_left_out() -> None:
 def test_masks() -> None:
     assert completion_mask(6, 2, ((3, 4),)).tolist() == [False, False, True, False, True, True]
     assert not completion_mask(2, 5).any()
+    for mask, start in (("001101", 2), ("010010", 1), ("101", 0), ("00", 2)):
+        counts = [flag == "1" for flag in mask]
+        assert completion_mask(len(mask), start, uncounted_spans(counts, start)).tolist() == counts

@@ -17,26 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
-from selective_pref_adapters.models import pad_token_id, usable_length
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
+from selective_pref_adapters.models import pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
 from selective_pref_adapters.pairs import (
     Columns,
     RowError,
     TokenizedPair,
     Tokenizer,
+    checked_weight,
     collate,
+    pair_weights,
     preference_row,
     tokenize_pairs,
 )
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
-_SPANS = ("chosen_unscored", "rejected_unscored")
+_SPANS = ("chosen_uncounted", "rejected_uncounted")
 
 
 class PreferenceLabels(dict[str, Any]):
-    """The `labels` of a batch: its three tensors [2B T+1], stored reference log-probs as bits, and the rows' places.
+    """The `labels` of a batch: its three tensors [2B T+1], stored log-probs and weights as bits, and the rows' places.
 
     The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one per
     pair.
@@ -86,8 +88,8 @@ class PreferenceCollator:
             the paper's 4096. `SelectionCallback` sets it, and refuses more than they can read.
         truncation_mode: of raw rows, as in `tokenize_pairs`.
         columns: of raw rows, as in `preference_row`: ``{"prompt": "question", "chosen": "answer", ...}``.
-        ref_store: where stored reference log-probs are looked up; None for a reference that runs beside the policy.
-        scoring_ref_store: likewise of a reference that scores tokens (Eq. 6), where it is another than the anchor.
+        reference_store: where stored reference log-probs are looked up; None for a reference that runs.
+        scoring_reference_store: likewise, of a second reference from which scores are made (Eq. 6).
         share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
             heads and the models allow it; `off` does not.
         chosen_only: leave rejected sides out; `SelectionCallback` sets it beside objective "sft".
@@ -98,8 +100,8 @@ class PreferenceCollator:
     max_length: int | None = None
     truncation_mode: Truncation = "keep_start"
     columns: Columns | None = field(default=None, kw_only=True)
-    ref_store: ReferenceStore | None = None
-    scoring_ref_store: ReferenceStore | None = None
+    reference_store: ReferenceStore | None = None
+    scoring_reference_store: ReferenceStore | None = None
     share_prefix: SharePrefix = "auto"
     chosen_only: bool = False
     fused_head: bool = field(default=False, init=False)
@@ -114,18 +116,10 @@ class PreferenceCollator:
                 )
             store.check_tokenizer(self.tokenizer)
 
-    def set_max_length(self, models: Mapping[str, Any]) -> None:
-        """Sets `max_length` where it was left open, to what all models can read, at most the paper's 4096.
-
-        Raises:
-            ValueError: `max_length` is more than a model can read.
-        """
-        self.max_length = usable_length(self.max_length, models)
-
     @property
     def stores(self) -> dict[str, ReferenceStore]:
         """The stores that there are, by name."""
-        both = {"ref_store": self.ref_store, "scoring_ref_store": self.scoring_ref_store}
+        both = {"reference_store": self.reference_store, "scoring_reference_store": self.scoring_reference_store}
         return {name: store for name, store in both.items() if store is not None}
 
     def __call__(self, rows: Iterable[Any]) -> dict[str, Any]:
@@ -138,7 +132,9 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
-        for key, store in ((REF_LOGPS, self.ref_store), (SCORING_REF_LOGPS, self.scoring_ref_store)):
+        if (weights := pair_weights(pairs)) is not None:
+            labels[PAIR_WEIGHTS] = to_bits(weights)
+        for key, store in ((REF_LOGPS, self.reference_store), (SCORING_REF_LOGPS, self.scoring_reference_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
@@ -164,7 +160,8 @@ class PreferenceCollator:
         given = {"rejected_ids": [], "rejected_prompt_length": 0, **row} if self.chosen_only else row
         if set(_IDS) <= given.keys():
             spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
-            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place)
+            weight = None if row.get("weight") is None else checked_weight(row["weight"], place)
+            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place, weight=weight)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)

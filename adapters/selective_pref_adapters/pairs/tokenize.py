@@ -10,7 +10,7 @@ once: an EOS is added to text that has none, and one that a text, a template or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tqdm.auto import tqdm
@@ -94,7 +94,7 @@ def tokenize_pairs(
         truncation_mode: "keep_start" cuts the end of what is too long (and leaves out rows whose prompt alone fills
             `max_length`); "keep_end" cuts the start.
         keep_unteachable: keep pairs with two equal sides, or with an empty one that is its EOS alone, as long as
-            completion tokens are left. TRL's own tokenisation keeps them, so whoever scores for it must have them.
+            completion tokens are left. TRL's own tokenisation keeps them, so a store for it must hold them.
         malformed: None to raise where the chat template refuses a row; or a list that collects the messages of such
             rows, which are then left out.
         progress: show a bar.
@@ -163,31 +163,31 @@ def truncate(pair: TokenizedPair, max_length: int, mode: Truncation) -> Tokenize
     """The pair with each side cut to a length; the pair itself where both are short enough."""
     if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
         return pair
-    chosen_ids, chosen_prompt, chosen_unscored = _cut(
-        pair.chosen_ids, pair.chosen_prompt_length, pair.chosen_unscored, max_length, mode
+    chosen_ids, chosen_prompt, chosen_uncounted = _cut(
+        pair.chosen_ids, pair.chosen_prompt_length, pair.chosen_uncounted, max_length, mode
     )
-    rejected_ids, rejected_prompt, rejected_unscored = _cut(
-        pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_unscored, max_length, mode
+    rejected_ids, rejected_prompt, rejected_uncounted = _cut(
+        pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_uncounted, max_length, mode
     )
-    return TokenizedPair(
+    return replace(
+        pair,
         chosen_ids=chosen_ids,
         rejected_ids=rejected_ids,
         chosen_prompt_length=chosen_prompt,
         rejected_prompt_length=rejected_prompt,
-        chosen_unscored=chosen_unscored,
-        rejected_unscored=rejected_unscored,
-        place=pair.place,
+        chosen_uncounted=chosen_uncounted,
+        rejected_uncounted=rejected_uncounted,
     )
 
 
 def _cut(
-    ids: list[int], prompt_length: int, unscored: Spans, max_length: int, mode: Truncation
+    ids: list[int], prompt_length: int, uncounted: Spans, max_length: int, mode: Truncation
 ) -> tuple[list[int], int, Spans]:
     if len(ids) <= max_length:
-        return ids, prompt_length, unscored
+        return ids, prompt_length, uncounted
     first = 0 if mode == "keep_start" else len(ids) - max_length
     last = first + max_length
-    spans = tuple((max(s, first) - first, min(e, last) - first) for s, e in unscored if s < last and e > first)
+    spans = tuple((max(s, first) - first, min(e, last) - first) for s, e in uncounted if s < last and e > first)
     return ids[first:last], min(max(prompt_length - first, 0), max_length), spans
 
 
@@ -223,20 +223,21 @@ def _encoded(row: PreferenceRow, texts: tuple[str, ...], ids: dict[str, list[int
         sides = [how.one_end(side) for side in sides]
         prompt = how.without_end(prompt)
     boundary = min(_shared(prompt, side) for side in sides)
-    unscored: list[Spans] = []
+    uncounted: list[Spans] = []
     seen = True
     for answer, text, side in zip(row.answers, texts[1:], sides, strict=True):
-        spans = how.unscored(row, answer, text, side, boundary) if has_other_turns(answer) else ()
+        spans = how.uncounted(row, answer, text, side, boundary) if has_other_turns(answer) else ()
         seen = seen and spans is not None
-        unscored.append(((boundary, len(side)),) if spans is None else spans)
+        uncounted.append(((boundary, len(side)),) if spans is None else spans)
     pair = TokenizedPair(
         chosen_ids=sides[0],
         rejected_ids=sides[-1],
         chosen_prompt_length=boundary,
         rejected_prompt_length=boundary,
-        chosen_unscored=unscored[0],
-        rejected_unscored=unscored[-1],
+        chosen_uncounted=uncounted[0],
+        rejected_uncounted=uncounted[-1],
         place=row.place,
+        weight=row.weight,
     )
     pair = pair.chosen_only() if row.rejected is None else pair
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)

@@ -3,7 +3,7 @@
 In: a row as a file or a data set holds it. Out: prompt, chosen and rejected, as text where the columns hold text that
 is read on without a break (TRL's standard format, hh-rlhf), else as messages. A row is recognised by its columns;
 `columns` says instead which ones are meant. A row that fits nowhere is an error with the nearest schema, and so is a
-column beside a known schema that may hold (a part of) a prompt: nothing of a prompt is dropped without a word.
+column beside a known schema that may hold (a part of) a prompt: no part of a prompt is dropped silently.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selective_pref_adapters.pairs.messages import json_or
-from selective_pref_adapters.pairs.rows import PreferenceRow, Prose, RowError
+from selective_pref_adapters.pairs.rows import PreferenceRow, Prose, RowError, checked_weight
 from selective_pref_adapters.pairs.schemas.readers import ANSWER_COLUMNS, ONE_ANSWER, TWO_ANSWERS, Schema
 from selective_pref_adapters.pairs.split import split_pair
 
 Columns = Mapping[str, str]
 """Name here → column of the file."""
-NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
+NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "weight")
 """What `columns` may name."""
-_ALWAYS = ("tools", "chat_template_kwargs")
+_ALWAYS = ("tools", "chat_template_kwargs", "weight")
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
@@ -46,8 +46,9 @@ def preference_row(row: Any, place: str, columns: Columns | None = None, *, chos
     Args:
         row: what a file or a data set holds: a dict.
         place: where it came from, for error messages.
-        columns: which columns hold `prompt`, `chosen`, `rejected`, `system`, `tools`, `chat_template_kwargs`, where
-            they have other names than the schema that the row would be read by. Other columns are then not looked at.
+        columns: which columns hold `prompt`, `chosen`, `rejected`, `system`, `tools`, `chat_template_kwargs`,
+            `weight`, where they have other names than the schema that the row would be read by. Other columns are then
+            not looked at.
         chosen_only: for supervised training: `rejected` is left out, and rows of a prompt and one answer will do.
 
     Raises:
@@ -80,6 +81,7 @@ def preference_row(row: Any, place: str, columns: Columns | None = None, *, chos
         tools=tools,
         template_options=options,
         schema=_name_of(schema, prompt, "prompt" in filled),
+        weight=checked_weight(filled["weight"], place) if "weight" in filled else None,
     )
 
 
@@ -178,7 +180,7 @@ def _check_nothing_lost(row: Mapping[str, Any], schema: Schema, prompt: Prose, p
 def _lost(name: str, schema: Schema, place: str) -> str:
     rejected = ",rejected=…" if schema in TWO_ANSWERS else ""
     remedy = (
-        "only text is scored: remove such rows, or the column if the text does not refer to it"
+        "only text is trained on: remove such rows, or the column if the text does not refer to it"
         if name in _PICTURES
         else f"if it is the prompt, or a part of it, name it: --columns prompt={name},chosen=…{rejected}; if it is "
         "not, name the right one so"
