@@ -38,7 +38,7 @@ class Head:
             yield slice(start, min(start + width, vocabulary))
 
     def logits_(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """From products to logits, in place; where they were kept, they were made when they were kept."""
+        """From products to logits, in place. With `keep_logits` the forward pass has done this already."""
         if bias is not None:
             z += bias
         if self.softcap is not None:

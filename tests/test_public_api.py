@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.version import Version
 
 import selective_pref
 
@@ -66,7 +68,17 @@ def test_the_contract_is_there() -> None:
         "weigh_pairs",
         "combine_losses",
     } <= set(PUBLIC)
-    assert selective_pref.__version__.count(".") == 2
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    try:
+        installed = importlib.metadata.version("selective-pref")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "0+unknown"
+    assert selective_pref.__version__ == installed
+    assert Version(installed).release >= (0,)
+    with pytest.raises(AttributeError, match="has no attribute 'verson'"):
+        _ = selective_pref.verson
 
 
 @pytest.mark.parametrize("name", CALLABLE)
@@ -140,7 +152,7 @@ def test_modules_that_need_a_library_are_imported_by_name(path: Path) -> None:
 def test_imports_of_the_core_point_one_way() -> None:
     """The arrows of the data flow: no module imports a later one."""
     order = ["_arrays", "response", "scores", "selection", "pools", "divergences", "rewards", "pair_losses", "losses"]
-    order += ["terms", "diagnostics", "logps", "_tiles", "fused", "fused_kl", "_subject", "_laws", "testing"]
+    order += ["terms", "veto", "diagnostics", "logps", "_tiles", "fused", "fused_kl", "_subject", "_laws", "testing"]
     for path in CORE:
         if path.stem == "__init__":
             continue
@@ -207,7 +219,8 @@ def test_no_folder_of_the_adapters_is_crowded() -> None:
 
 @pytest.mark.parametrize("package", ["selective_pref", "selective_pref_adapters"])
 def test_an_import_loads_no_framework(package: str, tmp_path: Path) -> None:
-    program = f"import sys, {package}; print(*[m for m in {FRAMEWORKS!r} if m in sys.modules])"
+    slow = (*FRAMEWORKS, "importlib.metadata")
+    program = f"import sys, {package}; print(*[m for m in {slow!r} if m in sys.modules])"
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters"))
     run = subprocess.run(
         [sys.executable, "-c", program],

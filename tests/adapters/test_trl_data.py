@@ -14,7 +14,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import collate, read_rows, tokenize_pairs
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
-from selective_pref_adapters.trl_trainer.data import PairCollator, mask_as_spans
+from selective_pref_adapters.trl_trainer.command import LocalSplits, split_of
+from selective_pref_adapters.trl_trainer.data import PairCollator
 from tiny import text_rows, write_jsonl
 
 TEXT = text_rows(12)
@@ -171,8 +172,12 @@ def test_a_collator_of_ones_own_must_know_of_other_turns(tmp_path: Path, policy_
     trainer(tmp_path, policy_folder, Dataset.from_list(TEXT), data_collator=Own(pad_token_id=0)).train()
 
 
-def test_masks_as_spans() -> None:
-    for mask in ([0, 0, 1, 1], [0, 1, 0, 0, 1, 0], [1, 0, 1], [0, 0]):
-        start, spans = mask_as_spans(torch.tensor(mask))
-        again = [at >= start and not any(s <= at < e for s, e in spans) for at in range(len(mask))]
-        assert again == [bool(flag) for flag in mask]
+def test_a_file_is_read_once_and_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*SETS["alpaca"], {"prompt": "w1"}])
+    args = SelectiveDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, skip_malformed_rows=True)
+    rows = split_of(LocalSplits(str(path), args), "train")
+    assert len(rows) == 12
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:30] for line in said] == ["note: rows.jsonl: Alpaca rows:", "note: 1 malformed rows left ou"]
+    with pytest.raises(ValueError, match=r"the data set has no split 'test', only \['train'\]"):
+        split_of(LocalSplits(str(path), args), "test")

@@ -385,15 +385,15 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     calls = forward_calls(teacher)
     sets = {"eval_dataset": {"one": Dataset.from_list(ROWS[:4]), "two": Dataset.from_list(text_rows(60)[48:])}}
     first = make(ref_model=teacher, **store, **sets)
-    scored = len(calls)
-    assert scored > len(ROWS)  # row by row, each once
+    computed = len(calls)
+    assert computed > len(ROWS)  # row by row, each once
     first_log = steps_of(trained(first))
-    assert len(calls) == scored  # no forward while it trains
+    assert len(calls) == computed  # no forward while it trains
     other = load(reference_folder)
     calls = forward_calls(other)
     second = trained(make(ref_model=other, beta=0.02, selection_ratio=0.2, seed=3, **store, **sets))
     assert second.evaluate()["eval_one_loss"] > 0
-    assert not calls  # another β, ratio, seed: nothing is scored again
+    assert not calls  # another β, ratio, seed: nothing is computed again
     alone = trained(make(ref_model=None, reference_store=store["reference_store"], **sets))
     assert alone.ref_model is None
     assert [line["loss"] for line in steps_of(alone)] == [line["loss"] for line in first_log]
@@ -402,7 +402,7 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     assert [line["loss"] for line in online] == [pytest.approx(line["loss"], abs=1e-6) for line in first_log]
     fresh = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3 w4"}])
     calls = forward_calls(first.ref_model)
-    assert first.evaluate(fresh)["eval_loss"] > 0  # with a reference at hand, new rows are scored when they come
+    assert first.evaluate(fresh)["eval_loss"] > 0  # new rows are computed when they come
     assert len(calls) == 2
     with pytest.raises(MissingRowsError, match="2 of 2 rows"):
         alone.evaluate(Dataset.from_list([{"prompt": "w2 ", "chosen": "w1", "rejected": "w3 w4"}]))
@@ -802,7 +802,7 @@ def test_nan_stops_the_run_before_the_weights_change(make: Make, reference_folde
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
     with pytest.raises(NonFiniteError, match="evaluation after step 0: "):
         make(ref_model=teacher, eval_dataset=Dataset.from_list(ROWS[:8])).evaluate()
-    lenient = make(ref_model=teacher, raise_on_non_finite=False, max_steps=1, logging_nan_inf_filter=False)
+    lenient = make(ref_model=teacher, non_finite="ignore", max_steps=1, logging_nan_inf_filter=False)
     trained(lenient)
     assert lenient.state.log_history[0]["selection/nonfinite_rows"] == 1.0
 

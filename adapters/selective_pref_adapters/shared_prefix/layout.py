@@ -106,7 +106,7 @@ class Layout:
 
 
 def prepare(causal: Any) -> None:
-    """Examines a model now, where `lay_out` would at its first batch."""
+    """Runs the examination of a model now; else `lay_out` does so at the first batch."""
     _verdict(causal, "packed")
 
 
@@ -212,7 +212,7 @@ def _not_plain_rows(inputs: dict[str, Any]) -> str:
     """What of a call's inputs cannot be laid out anew."""
     given = {name for name, value in inputs.items() if value is not None}
     if not {"input_ids", "attention_mask"} <= given:
-        return "its body is given embeddings, as with a soft prompt, and not ids"
+        return "its body is given embeddings instead of ids, as in prompt tuning"
     if given - _KNOWN:
         return f"its body is also given {', '.join(sorted(given - _KNOWN))}"
     mask, positions = inputs["attention_mask"], inputs.get("position_ids")
