@@ -190,9 +190,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         """TRL's hook for tokenising. Here the one reader of this library does it; rows with images are left to TRL."""
         if args.stock_tokenization or isinstance(processing_class, ProcessorMixin):
             if READ_ROW in (dataset.column_names or ()):
-                raise ValueError(
-                    "stock_tokenization needs raw rows: give the data set as it is, not rows that are read"
-                )
+                raise ValueError("stock_tokenization needs raw rows: give the data set as it is, not after read_rows")
             if isinstance(dataset, Dataset) and not len(dataset):
                 check_left(dataset_name, dataset, dataset, args.max_length)
             tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -213,8 +211,8 @@ class SelectiveDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if isinstance(self._signature_columns, list):
-            own = [*TRAINED_COLUMNS, WEIGHT_COLUMN]
-            self._signature_columns += [name for name in own if name not in self._signature_columns]
+            own = {*TRAINED_COLUMNS, WEIGHT_COLUMN} - set(self._signature_columns)
+            self._signature_columns += sorted(own)
 
     def _use_own_collator(self) -> None:
         """Puts our collator in the place of TRL's; one that was given stays, if it can do what the data ask of it."""
@@ -265,9 +263,7 @@ class SelectiveDPOTrainer(DPOTrainer):
     @property
     def objective(self) -> Objective:
         """(chosen, rejected) → PreferenceLoss, at this step."""
-        if self._custom_objective is not None:
-            return self._custom_objective
-        return self.args.objective(self._step)
+        return self._custom_objective or self.args.objective(self._step)
 
     @property
     def _step(self) -> int | None:
