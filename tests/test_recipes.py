@@ -160,6 +160,14 @@ def test_golden_values_of_losses_with_a_divergence(recipes: SimpleNamespace) -> 
     assert float(recipes.tdpo2(*pair, kl, beta=0.1, alpha=0.5).loss) == golden(0.665678652749)
     ones = [torch.ones_like(side) for side in kl]
     assert float(recipes.sparsepo(*pair, kl, ones, ones, beta=0.1).loss) == golden(0.669900710164)
+    m_u, m_d = (
+        [torch.tensor([row], dtype=torch.float64) for row in rows]
+        for rows in (([0, 1, 0.5, 2], [1, 0, 0.25]), ([1, 0, 0.5, 0], [0.5, 1, 0]))
+    )
+    out = recipes.sparsepo(*pair, kl, m_u, m_d, beta=0.1)
+    assert float(out.loss) == golden(0.591471114769)
+    sums = [float(sum(side.sum() for side in masks)) for masks in (m_u, m_d)]
+    assert float(out.loss) + 0.01 * sums[0] + 0.02 * sums[1] == golden(0.698971114769)  # with its L1 term
     mask = torch.ones(1, 4, dtype=torch.bool)
     assert recipes.mapo_mask(torch.tensor([[0.2, -0.1, 0.5, 0.3]]), mask)[0].tolist() == pytest.approx(
         [0.5, 0, 1, 2 / 3], abs=1e-6
