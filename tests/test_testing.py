@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -289,3 +291,10 @@ def test_the_error_names_every_law_with_a_small_counterexample() -> None:
 def test_what_is_no_loss_is_told_the_signature(loss: Any, selective: bool, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         assert_conforms(loss, selective=selective)
+
+
+def test_the_page_lists_the_laws_as_they_are() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", page, re.MULTILINE) == [
+        (law, says) for law, (says, _) in LAWS.items()
+    ]
