@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
 OUTPUTS = ("text", "console output")
 PYTHON = re.compile(r'python(?: title="(?P<title>[\w.]+)")?')
-OPTIONAL = ("lightning_fabric", "optax")  # needed by one block of a page, and skipped where it is not installed
+OPTIONAL = ("datasets", "lightning_fabric", "optax", "trl")  # where one is not installed, the rest of a page is skipped
 FENCE = re.compile(r"^```(?P<kind>[^\n`]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 
 

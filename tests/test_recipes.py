@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from selective_pref import Response, alignment_scores, dpo_loss, select, selective_dpo_loss, simpo_loss
+from selective_pref.fused import fused_logps_and_statistics
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 BETA, ALPHA, ETA = 0.3, 0.7, 0.8
@@ -159,6 +160,14 @@ def test_golden_values_of_losses_with_a_divergence(recipes: SimpleNamespace) -> 
     assert float(recipes.tdpo2(*pair, kl, beta=0.1, alpha=0.5).loss) == golden(0.665678652749)
     ones = [torch.ones_like(side) for side in kl]
     assert float(recipes.sparsepo(*pair, kl, ones, ones, beta=0.1).loss) == golden(0.669900710164)
+    m_u, m_d = (
+        [torch.tensor([row], dtype=torch.float64) for row in rows]
+        for rows in (([0, 1, 0.5, 2], [1, 0, 0.25]), ([1, 0, 0.5, 0], [0.5, 1, 0]))
+    )
+    out = recipes.sparsepo(*pair, kl, m_u, m_d, beta=0.1)
+    assert float(out.loss) == golden(0.591471114769)
+    sums = [float(sum(side.sum() for side in masks)) for masks in (m_u, m_d)]
+    assert float(out.loss) + 0.01 * sums[0] + 0.02 * sums[1] == golden(0.698971114769)  # with its L1 term
     mask = torch.ones(1, 4, dtype=torch.bool)
     assert recipes.mapo_mask(torch.tensor([[0.2, -0.1, 0.5, 0.3]]), mask)[0].tolist() == pytest.approx(
         [0.5, 0, 1, 2 / 3], abs=1e-6
@@ -283,6 +292,28 @@ def test_dpkd_is_its_formula(recipes: SimpleNamespace) -> None:
         return math.fsum(ratios) / len(ratios)
 
     same(recipes.dpkd(*pair, beta=BETA).losses, by_hand(pair, value, BETA))
+
+
+def test_selective_simpo_and_the_released_rule_are_their_formulas(recipes: SimpleNamespace) -> None:
+    pair = ragged(23)
+    share = 0.4
+
+    def scores(side: int, row: int) -> list[float]:
+        return [(-1, 1)[side] * d for d in delta(pair, side, row)]
+
+    def mean(side: int, row: int) -> float:
+        logps, _ = tokens(pair[side], row)
+        return mean_of(logps, top(scores(side, row), math.ceil(share * len(logps))))
+
+    out = simpo_loss(*select(*pair, selection_ratio=share), beta=2.0, gamma=0.5)
+    same(out.losses, by_hand(pair, mean, 2.0, 0.5))
+
+    def released(side: int, row: int) -> float:
+        here = scores(side, row)
+        threshold = float(torch.tensor(here, dtype=torch.float64).quantile(1 - share))
+        return math.fsum(d for d, s in zip(delta(pair, side, row), here, strict=True) if s >= threshold - 1e-12)
+
+    same(recipes.as_released(*pair, beta=BETA, selection_ratio=share).losses, by_hand(pair, released, BETA))
 
 
 def test_confpo_is_its_formula_and_keeps_tokens_of_equal_probability(recipes: SimpleNamespace) -> None:
@@ -439,6 +470,10 @@ def test_the_divergence_of_two_heads_serves_tdpo(recipes: SimpleNamespace) -> No
 def test_controls_select_by_what_they_say(recipes: SimpleNamespace) -> None:
     chosen, rejected = recipes.responses(recipes.policy, recipes.reference)
     entropies = recipes.entropy_scores(recipes.policy)
+    hidden, head = recipes.policy
+    _, statistics = fused_logps_and_statistics(hidden[:, :-1], head, recipes.labels[:, 1:])
+    for entropy, fused, side in zip(entropies, statistics.entropy.chunk(2), (chosen, rejected), strict=True):
+        torch.testing.assert_close(entropy[side.mask], fused[side.mask], rtol=1e-10, atol=1e-10)
     out = select(chosen, rejected, selection_ratio=0.4, scores=entropies)
     for side, entropy in zip(out, entropies, strict=True):
         for row in range(len(side.mask)):

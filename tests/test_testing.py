@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from selective_pref import alignment_scores, dpo_loss, quantile_weights, selective_dpo_loss, simpo_loss
+from selective_pref import _laws, alignment_scores, dpo_loss, quantile_weights, selective_dpo_loss, simpo_loss, testing
 from selective_pref._laws import LAWS
 from selective_pref.testing import assert_conforms, broken_laws
 
@@ -74,11 +76,6 @@ def test_right_losses_conform_in_every_library() -> None:
     assert_conforms(plain)
     assert_conforms(selected, selective=True)
     assert_conforms(lambda chosen, rejected, *, beta: plain(chosen, rejected, beta=beta).mean())
-
-
-@pytest.mark.slow
-def test_a_right_loss_conforms_in_jax() -> None:
-    assert_conforms(dpo_loss, as_array=jnp.asarray)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -187,6 +184,20 @@ def test_mistakes_that_only_gradients_show() -> None:
     assert "gradient" in found
 
 
+def test_gradients_are_looked_at_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two laws over two pairs: JAX compiles every operation for every shape."""
+    pairs = list(_laws._examples())[1:3]
+    monkeypatch.setattr(_laws, "_examples", lambda: iter(pairs))
+    monkeypatch.setattr(testing, "LAWS", {name: LAWS[name] for name in ("gradient", "constant reference")})
+    assert_conforms(dpo_loss, as_array=jnp.asarray)
+
+    def attached(chosen: Any, rejected: Any, *, beta: float) -> Any:
+        sums = [jnp.where(s.mask, s.per_token_logps - s.ref_per_token_logps, 0.0).sum(-1) for s in (chosen, rejected)]
+        return jnp.logaddexp(0, -beta * (sums[0] - sums[1]))
+
+    assert set(broken_laws(attached, as_array=jnp.asarray)) == {"constant reference"}
+
+
 def quantile(chosen: Any, rejected: Any, *, beta: float, selection_ratio: float) -> np.ndarray:
     sums = [
         (quantile_weights(score, side.mask, selection_ratio) * deltas(side)).sum(-1)
@@ -280,3 +291,10 @@ def test_the_error_names_every_law_with_a_small_counterexample() -> None:
 def test_what_is_no_loss_is_told_the_signature(loss: Any, selective: bool, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         assert_conforms(loss, selective=selective)
+
+
+def test_the_page_lists_the_laws_as_they_are() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", page, re.MULTILINE) == [
+        (law, says) for law, (says, _) in LAWS.items()
+    ]
