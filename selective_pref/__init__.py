@@ -69,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, read when it is asked for: the package's metadata takes longer to find than all of this to import."""
+    """`__version__`, looked up when it is asked for: finding the metadata takes longer than importing all of this."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

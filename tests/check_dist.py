@@ -60,7 +60,9 @@ def try_wheel(wheel: Path, folder: Path) -> None:
     """Installs the wheel beside NumPy and nothing else, and computes."""
     venv.create(folder / "empty", with_pip=True)
     scripts = folder / "empty" / ("Scripts" if os.name == "nt" else "bin")
-    run(scripts / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, "numpy", cwd=folder)
+    run(
+        scripts / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, "numpy", cwd=folder
+    )
     run(scripts / "python", "-c", ON_NUMPY, cwd=folder)
     run(scripts / "selective-pref", "--version", cwd=folder)
 
@@ -71,7 +73,8 @@ def try_sdist(sdist: Path, folder: Path) -> None:
         archive.extractall(folder, filter="data")
     (unpacked,) = folder.glob("selective_pref-*")
     tests = sorted(path.relative_to(unpacked) for path in (unpacked / "tests").glob("test_*.py"))
-    assert tests and not {"README.md", "LICENSE", "Makefile", "constraints.txt"} - {p.name for p in unpacked.iterdir()}
+    assert tests
+    assert not {"README.md", "LICENSE", "Makefile", "constraints.txt"} - {p.name for p in unpacked.iterdir()}
     run(sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests, cwd=unpacked)
 
 
