@@ -1,7 +1,8 @@
 """Writes what the first steps need, without a network: pairs.jsonl, and two tiny models, policy/ and teacher/.
 
 The task: a prompt names an animal, an answer holds the digit that belongs to the animal, both among filler words. Only
-the digit can be right or wrong. The teacher has seen right digits only, the policy often wrong ones.
+the digit can be right or wrong. The teacher has seen right digits only; the policy is the same model after texts
+in which most digits were wrong.
 """
 
 import json
@@ -36,11 +37,8 @@ def wrong_digit(animal):
     return random.choice([digit for digit in digits if digit != digit_of[animal]])
 
 
-def train_and_save(folder, share_wrong, steps):
-    """A Llama of 50,000 parameters, trained on texts of which a share has a wrong digit."""
-    size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=32, **size, **special))
+def train(share_wrong, steps):
+    """Trains the model below on texts of which a share has a wrong digit."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
         texts = []
@@ -51,6 +49,9 @@ def train_and_save(folder, share_wrong, steps):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
+
+
+def save(folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -59,5 +60,11 @@ with open("pairs.jsonl", "w", encoding="utf-8") as file:
     for animal in random.choices(animals, k=400):
         row = {"prompt": prompt(animal), "chosen": answer(digit_of[animal]), "rejected": answer(wrong_digit(animal))}
         file.write(json.dumps(row) + "\n")
-train_and_save("policy", share_wrong=0.4, steps=200)
-train_and_save("teacher", share_wrong=0.0, steps=200)
+
+size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=32, **size, **special))
+train(share_wrong=0.0, steps=200)
+save("teacher")
+train(share_wrong=0.7, steps=60)
+save("policy")
