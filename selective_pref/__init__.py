@@ -29,6 +29,7 @@ from selective_pref.rewards import Reward, mean_log_ratio, mean_logp, summed_log
 from selective_pref.scores import ScoreFunction, alignment_scores, excess_loss_scores
 from selective_pref.selection import Ties, quantile_weights, ratio_digits, top_fraction_weights
 from selective_pref.terms import combine_losses, weigh_pairs
+from selective_pref.veto import VetoSides, teacher_veto_loss, veto_weights
 
 __version__: str
 
@@ -44,6 +45,7 @@ __all__ = [
     "ScoreFunction",
     "SelectionRatio",
     "Ties",
+    "VetoSides",
     "alignment_scores",
     "aot_loss",
     "check_finite",
@@ -62,14 +64,16 @@ __all__ = [
     "sft_loss",
     "simpo_loss",
     "summed_log_ratio",
+    "teacher_veto_loss",
     "token_sft_loss",
     "top_fraction_weights",
+    "veto_weights",
     "weigh_pairs",
 ]
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, looked up when it is asked for: finding the metadata takes longer than importing all of this."""
+    """`__version__`, when it is asked for: finding the package's metadata takes longer than importing all of this."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

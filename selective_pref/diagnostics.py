@@ -20,7 +20,7 @@ class NonFiniteError(FloatingPointError):
     """A log-prob, weight or score inside the mask is broken. The message names rows and tokens."""
 
 
-def diagnostics(out: PreferenceLoss) -> dict[str, Array]:
+def diagnostics(out: PreferenceLoss, *, chosen_only: bool = False) -> dict[str, Array]:
     """Metrics under TRL's names, those of the selected tokens under `selection/`; 0-d, detached, never `.item()`.
 
     Every value is a mean over the B pairs (fractions and thresholds over their 2B responses), so means of batches
@@ -34,6 +34,17 @@ def diagnostics(out: PreferenceLoss) -> dict[str, Array]:
     `check_finite`), or with no token at all: such a response counts 0 in the fraction and the threshold. Threshold and
     ties are there only for responses that `select` has scored; `pair_weight`, the mean of the weights, only where
     `weigh_pairs` was used: it is 0 for a batch whose loss was multiplied by 0.
+
+    Args:
+        out: what any loss returns.
+        chosen_only: the batch has no rejected side (supervised training): only what the chosen side says, no margin,
+            no accuracy; fractions and thresholds are over the B chosen responses.
+
+    Returns:
+        Name → 0-d array.
+
+    Raises:
+        Nothing: `check_finite` does.
     """
     xp = _arrays.namespace(out.losses)
     metrics = {"loss": _arrays.detach(out.loss)}
@@ -44,16 +55,18 @@ def diagnostics(out: PreferenceLoss) -> dict[str, Array]:
         ("selection/rewards", out.chosen_selected_rewards, out.rejected_selected_rewards),
     ):
         metrics[f"{name}/chosen"] = xp.mean(chosen)
+        if chosen_only:
+            continue
         metrics[f"{name}/rejected"] = xp.mean(rejected)
         metrics[f"{name}/margins"] = xp.mean(chosen - rejected)
         metrics[f"{name}/accuracies"] = xp.mean(xp.astype(chosen > rejected, chosen.dtype))
-    sides = (out.chosen, out.rejected)
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+    sides = {"chosen": out.chosen} if chosen_only else {"chosen": out.chosen, "rejected": out.rejected}
+    for name, side in sides.items():
         metrics[f"logps/{name}"] = xp.mean(_arrays.last_axis_sum(masked(side.per_token_logps, side.mask)))
-    per_row = [_per_row(side, xp) for side in sides]
-    for name in per_row[0]:
-        if name in per_row[1]:
-            metrics[f"selection/{name}"] = xp.mean(xp.concat([row[name] for row in per_row]))
+    first, *others = (_per_row(side, xp) for side in sides.values())
+    for name in first:
+        if all(name in rows for rows in others):
+            metrics[f"selection/{name}"] = xp.mean(xp.concat([first[name], *(rows[name] for rows in others)]))
     return metrics
 
 

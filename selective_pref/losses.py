@@ -123,7 +123,7 @@ def preference_loss(
     _arrays.check_positive("beta", beta)
     losses = pair_loss(reward(chosen), reward(rejected), beta=beta)
     _check_losses(losses, chosen)
-    return _report(losses, chosen, rejected, reward, beta)
+    return make_report(losses, chosen, rejected, reward, beta)
 
 
 def selective_dpo_loss(
@@ -233,7 +233,7 @@ def aot_loss(chosen: Response, rejected: Response, *, beta: float, label_smoothi
     policy = _weighted_sum(chosen, chosen.per_token_logps) - _weighted_sum(rejected, rejected.per_token_logps)
     reference = _weighted_sum(chosen, _reference(chosen)) - _weighted_sum(rejected, _reference(rejected))
     losses = aot_unpaired(policy, reference, beta=beta, label_smoothing=label_smoothing)
-    return _report(losses, chosen, rejected, summed_log_ratio, beta)
+    return make_report(losses, chosen, rejected, summed_log_ratio, beta)
 
 
 def sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
@@ -243,7 +243,8 @@ def sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
     beside a preference loss (RPO, Pang et al. 2024, Eq. 1): `combine_losses`.
 
     Args:
-        chosen, rejected: the pair, [B T_w] and [B T_l]; weights are honoured, a reference is not read.
+        chosen, rejected: the pair, [B T_w] and [B T_l]; weights are honoured, a reference is not read. Where nothing
+            is known of a rejected side, it may be [B 0].
 
     Returns:
         A `PreferenceLoss`; its rewards are the mean log-probs.
@@ -252,7 +253,7 @@ def sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
         TypeError, ValueError: responses that do not fit together.
     """
     check_pair(chosen, rejected)
-    return _report(-mean_logp(chosen), chosen, rejected, mean_logp, 1.0)
+    return make_report(-mean_logp(chosen), chosen, rejected, mean_logp, 1.0)
 
 
 def token_sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
@@ -268,7 +269,7 @@ def token_sft_loss(chosen: Response, rejected: Response) -> PreferenceLoss:
     tokens = xp.sum(chosen.token_weights)
     pairs_per_token = chosen.mask.shape[0] / xp.where(tokens == 0, 1.0, tokens)
     losses = -pairs_per_token * _weighted_sum(chosen, chosen.per_token_logps)
-    return _report(losses, chosen, rejected, mean_logp, 1.0)
+    return make_report(losses, chosen, rejected, mean_logp, 1.0)
 
 
 def _check_losses(losses: Array, chosen: Response) -> None:
@@ -288,9 +289,10 @@ def _weighted_sum(response: Response, logps: Array) -> Array:
     return _arrays.last_axis_sum(response.token_weights * masked(logps, response.mask))
 
 
-def _report(
+def make_report(
     losses: Array, chosen: Response, rejected: Response, reward: Callable[[Response], Array], beta: float
 ) -> PreferenceLoss:
+    """`losses` with what is reported beside them: β · reward of all tokens and of the weighted ones, detached."""
     chosen, rejected = _detached(chosen), _detached(rejected)
     return PreferenceLoss(
         losses=losses,

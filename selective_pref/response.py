@@ -68,7 +68,7 @@ class Response:
             array = getattr(self, name)
             if array is not None:
                 _arrays.check_floating(name, array)
-                _check_like(name, array, logps)
+                check_like(name, array, logps)
         _arrays.make_pytree(self, logps)
 
     @property
@@ -139,7 +139,7 @@ class Response:
         _check_mask(mask, per_token_logps, "[N]")
         if ref_per_token_logps is not None:
             _arrays.check_floating("ref_per_token_logps", ref_per_token_logps)
-            _check_like("ref_per_token_logps", ref_per_token_logps, per_token_logps, "[N]")
+            check_like("ref_per_token_logps", ref_per_token_logps, per_token_logps, "[N]")
 
         def padded(side: Sequence[int], start: int) -> Response:
             where = xp.asarray(
@@ -210,10 +210,11 @@ def _check_mask(mask: Array, logps: Array, dims: str = "[B T]") -> None:
             f"mask must be bool {dims} like per_token_logps {tuple(logps.shape)}; got {_arrays.describe(mask)}: "
             "compare it first (mask = attention_mask == 1)"
         )
-    _check_like("mask", mask, logps, dims)
+    check_like("mask", mask, logps, dims)
 
 
-def _check_like(name: str, array: Array, logps: Array, dims: str = "[B T]") -> None:
+def check_like(name: str, array: Array, logps: Array, dims: str = "[B T]") -> None:
+    """Raises unless `array` has the shape, library and device of the log-probs."""
     if tuple(array.shape) != tuple(logps.shape):
         raise ValueError(
             f"{name} must be {dims} like per_token_logps {tuple(logps.shape)}; got {_arrays.describe(array)}"

@@ -60,9 +60,8 @@ def try_wheel(wheel: Path, folder: Path) -> None:
     """Installs the wheel beside NumPy and nothing else, and computes."""
     venv.create(folder / "empty", with_pip=True)
     scripts = folder / "empty" / ("Scripts" if os.name == "nt" else "bin")
-    run(
-        scripts / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, "numpy", cwd=folder
-    )
+    pip = (scripts / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run(*pip, wheel, "numpy", cwd=folder)
     run(scripts / "python", "-c", ON_NUMPY, cwd=folder)
     run(scripts / "selective-pref", "--version", cwd=folder)
 

@@ -19,6 +19,7 @@ from selective_pref import (
     dpo_loss,
     select,
     selective_dpo_loss,
+    sft_loss,
     simpo_loss,
 )
 from strategies import FLOAT64, LOSSES, Backend, Loss, Settings, batches, numpy_of
@@ -190,3 +191,22 @@ def test_what_check_finite_reports_is_what_spoils_the_loss() -> None:
         check_finite(broken, sides[1])
     losses = selective_dpo_loss(broken, sides[1], beta=1.0, selection_ratio=0.5).losses
     assert np.isfinite(numpy_of(losses)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("backend", [*FLOAT64, s.JAX], **ids)
+def test_without_a_rejected_side_only_what_the_chosen_one_says_is_reported(backend: Backend) -> None:
+    chosen, rejected = backend.pair(BATCH)
+    nothing = Response(per_token_logps=rejected.per_token_logps[:, :0], mask=rejected.mask[:, :0])
+    out = sft_loss(chosen, nothing)
+    metrics = {name: float(value) for name, value in diagnostics(out, chosen_only=True).items()}
+    assert metrics == pytest.approx(
+        {
+            "loss": (1.5 + 1) / 2,
+            "rewards/chosen": (-1.5 - 1) / 2,
+            "selection/rewards/chosen": (-1.5 - 1) / 2,
+            "logps/chosen": (-3 - 2) / 2,
+            "selection/fraction": 1.0,
+            "selection/empty_rows": 0.0,
+            "selection/nonfinite_rows": 0.0,
+        }
+    )

@@ -24,6 +24,8 @@ import selective_pref
 ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "selective_pref").glob("*.py"))
 FRAMEWORKS = ("torch", "numpy", "jax", "transformers", "trl", "deepspeed", "datasets", "accelerate", "peft")
+WITH_TORCH = {"_tiles", "fused", "fused_kl"}
+WITH_NUMPY = {"_subject", "_laws", "testing"}
 MAY_IMPORT = {"array_api_compat", "selective_pref", *sys.stdlib_module_names}
 
 PUBLIC = {name: getattr(selective_pref, name) for name in selective_pref.__all__}
@@ -133,24 +135,24 @@ def imported(path: Path, module_level: bool) -> set[str]:
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
 def test_the_core_imports_the_standard_library_and_array_api_compat(path: Path) -> None:
-    allowed = MAY_IMPORT | ({"torch"} if path.stem == "fused" else set())
+    allowed = MAY_IMPORT | ({"torch"} if path.stem in WITH_TORCH else {"numpy"} if path.stem in WITH_NUMPY else set())
     outside = {name for name in imported(path, module_level=True) if name.split(".")[0] not in allowed}
     assert not outside
     later = {name for name in imported(path, module_level=False) if name.split(".")[0] not in allowed}
-    assert later <= ({"jax"} if path.stem == "_arrays" else set())
+    assert later <= ({"jax"} if path.stem in ("_arrays", "_subject") else set())
 
 
-@pytest.mark.parametrize("path", [p for p in CORE if p.stem != "fused"], ids=lambda path: path.stem)
-def test_only_fused_is_imported_by_name(path: Path) -> None:
+@pytest.mark.parametrize("path", [p for p in CORE if p.stem not in WITH_TORCH | WITH_NUMPY], ids=lambda path: path.stem)
+def test_modules_that_need_a_library_are_imported_by_name(path: Path) -> None:
     names = imported(path, module_level=True) | imported(path, module_level=False)
-    assert "selective_pref.fused" not in names
+    assert not {f"selective_pref.{stem}" for stem in WITH_TORCH | WITH_NUMPY} & names
     assert not any(name.startswith("selective_pref_adapters") for name in names)
 
 
 def test_imports_of_the_core_point_one_way() -> None:
     """The arrows of the data flow: no module imports a later one."""
     order = ["_arrays", "response", "scores", "selection", "pools", "divergences", "rewards", "pair_losses", "losses"]
-    order += ["terms", "diagnostics", "logps", "fused"]
+    order += ["terms", "veto", "diagnostics", "logps", "_tiles", "fused", "fused_kl", "_subject", "_laws", "testing"]
     for path in CORE:
         if path.stem == "__init__":
             continue

@@ -18,7 +18,7 @@ Batch = Mapping[str, torch.Tensor]
 REF_LOGPS = "ref_per_token_logps_bits"
 """The batch's key of stored reference log-probs; see `to_bits`."""
 SCORING_REF_LOGPS = "scoring_ref_per_token_logps_bits"
-"""Likewise of the reference that scores tokens, where it is another than the one that anchors the reward."""
+"""Likewise of the reference from which scores are made, where another one anchors the reward."""
 
 PAIR_WEIGHTS = "pair_weights_bits"
 """Weights of the batch's pairs [B], from the rows' column "weight"; see `to_bits`."""
@@ -43,7 +43,11 @@ def labels_of(batch: Batch) -> torch.Tensor:
 
 
 def responses(
-    batch: Batch, per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor | None = None
+    batch: Batch,
+    per_token_logps: torch.Tensor,
+    ref_per_token_logps: torch.Tensor | None = None,
+    *,
+    chosen_only: bool = False,
 ) -> tuple[Response, Response]:
     """(chosen, rejected) of a batch.
 
@@ -51,9 +55,17 @@ def responses(
         batch: with `completion_mask` [2B T+1], chosen rows first.
         per_token_logps: the policy's, [2B T]: entry t belongs to the token at t + 1.
         ref_per_token_logps: the reference's, [2B T], or None for losses without one.
+        chosen_only: the batch has no rejected rows: all arrays are [B T], and the rejected responses have no tokens,
+            [B 0].
     """
-    return Response.from_stacked(
-        per_token_logps=per_token_logps,
-        mask=batch["completion_mask"][:, 1:] != 0,
-        ref_per_token_logps=ref_per_token_logps,
-    )
+    mask = batch["completion_mask"][:, 1:] != 0
+    if not chosen_only:
+        return Response.from_stacked(
+            per_token_logps=per_token_logps, mask=mask, ref_per_token_logps=ref_per_token_logps
+        )
+
+    def first(tokens: int | None) -> Response:
+        ref = None if ref_per_token_logps is None else ref_per_token_logps[:, :tokens]
+        return Response(per_token_logps=per_token_logps[:, :tokens], mask=mask[:, :tokens], ref_per_token_logps=ref)
+
+    return first(None), first(0)

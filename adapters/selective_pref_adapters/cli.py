@@ -6,23 +6,16 @@ A YAML file is read as flags that come first: same names, same types, same error
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from selective_pref_adapters.recipes import bare_word, config_file, recipe_names
 
-COMMANDS = {
-    "train": "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)",
-    "dpo": "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
-    "score": "log-probs of a reference into a store, once for all runs that read them",
-    "inspect": "pairs as the loss reads them: a page, a picture or text, and statistics over a data set",
-    "report": "one page of one run or several: curves, what differs, what it means",
-    "rows": "how each row of a file is read and tokenised, and what is left out, before anything is trained",
-    "demo": "a small language task, start to finish: what Selective-DPO does, and what it does not",
-}
+C = TypeVar("C")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return _RUN[command](rest)
+        run, _ = COMMANDS[command]
+        return run(rest) or 0
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
@@ -64,119 +58,92 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(["usage: selective-pref COMMAND [--help] [flags]", "", *lines])
 
 
-def _train(arguments: list[str]) -> int:
-    import tyro
+# --- the commands ----------------------------------------------------------------------------------------------------
+# The docstring of each is its help. What is slow to import is imported after the flags are understood.
 
+
+def _train(arguments: list[str]) -> None:
+    """Train a policy on preference pairs and save it.
+
+    `--config FILE.yaml` reads flags from a file (the names below with underscores), `--config paper` and `--config
+    smoke` from a recipe that is shipped; flags on the command line win. On several processes:
+    torchrun --nproc_per_node 2 -m selective_pref_adapters.cli train ...
+    """
     from selective_pref_adapters.options import TrainConfig
 
-    flags = _with_config_file(arguments, TrainConfig, "train")
-    config = tyro.cli(TrainConfig, args=flags, prog="selective-pref train", description=_TRAIN)
+    config = _options(TrainConfig, arguments, "train")
 
-    from selective_pref_adapters.deepspeed_loop import (  # slow to import: after the flags are understood
-        leave_processes,
-        train,
-    )
+    from selective_pref_adapters.deepspeed_loop import leave_processes, train
 
     train(config)
     leave_processes()
-    return 0
 
 
-_TRAIN = """Train a policy on preference pairs and save it.
-
-`--config FILE.yaml` reads flags from a file (the names below with underscores), `--config paper` and `--config smoke`
-from a recipe that is shipped; flags on the command line win. On several processes: torchrun --nproc_per_node 2 -m
-selective_pref_adapters.cli train ...
-"""
-
-
-def _dpo(arguments: list[str]) -> int:
+def _dpo(arguments: list[str]) -> None:
     from selective_pref_adapters.trl_trainer.command import main as dpo
 
     dpo(arguments)
-    return 0
 
 
-def _score(arguments: list[str]) -> int:
-    import tyro
+def _score(arguments: list[str]) -> None:
+    """Compute a reference's log-probs of pairs, once, into a store that training reads.
 
+    Only what the store lacks is computed, so the same command goes on after a kill. --stat, --verify and --prune
+    count, check and tidy up a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line
+    win.
+    """
     from selective_pref_adapters.options import ScoreConfig
 
-    flags = _with_config_file(arguments, ScoreConfig, "score")
-    config = tyro.cli(ScoreConfig, args=flags, prog="selective-pref score", description=_SCORE)
+    config = _options(ScoreConfig, arguments, "score")
 
     from selective_pref_adapters.reference_store.command import score
 
     score(config)
-    return 0
 
 
-_SCORE = """Compute a reference's log-probs of pairs, once, into a store that training reads.
+def _inspect(arguments: list[str]) -> None:
+    """Show what the loss reads of preference pairs: the score and weight of every token, both sides.
 
-Only what the store lacks is computed, so the same command goes on after a kill. --stat, --verify and --prune count,
-check and tidy up a store instead. `--config FILE.yaml` reads flags from a file; flags on the command line win.
-"""
-
-
-def _inspect(arguments: list[str]) -> int:
-    import tyro
-
+    Without --out in the terminal; with --out page.html as one page that needs nothing else. `--config FILE.yaml` reads
+    flags from a file; flags on the command line win.
+    """
     from selective_pref_adapters.seeing.options import InspectConfig
 
-    flags = _with_config_file(arguments, InspectConfig, "inspect")
-    config = tyro.cli(InspectConfig, args=flags, prog="selective-pref inspect", description=_INSPECT)
+    config = _options(InspectConfig, arguments, "inspect")
 
     from selective_pref_adapters.seeing.inspect_command import inspect
 
     inspect(config)
-    return 0
 
 
-_INSPECT = """Show what the loss reads of preference pairs: the score and weight of every token, both sides.
-
-Without --out in the terminal; with --out page.html as one page that needs nothing else. `--config FILE.yaml` reads
-flags from a file; flags on the command line win.
-"""
-
-
-def _report(arguments: list[str]) -> int:
-    import tyro
-
+def _report(arguments: list[str]) -> None:
+    """Show how runs went: their curves over each other, what differs in their configuration, what to conclude."""
     from selective_pref_adapters.seeing.options import ReportConfig
 
-    config = tyro.cli(ReportConfig, args=arguments, prog="selective-pref report", description=_REPORT)
+    config = _options(ReportConfig, arguments, "report")
 
     from selective_pref_adapters.seeing.report import report
 
     report(config)
-    return 0
-
-
-_REPORT = "Show how runs went: their curves over each other, what differs in their configuration, what to conclude."
 
 
 def _rows(arguments: list[str]) -> int:
-    import tyro
+    """Show how rows are read: schema, prompt and completion tokens with the boundary, what is cut and left out.
 
+    The exit status is 1 where nothing can be trained on. `--config FILE.yaml` reads flags from a file; flags on the
+    command line win.
+    """
     from selective_pref_adapters.options import RowsConfig
 
-    flags = _with_config_file(arguments, RowsConfig, "rows")
-    config = tyro.cli(RowsConfig, args=flags, prog="selective-pref rows", description=_ROWS)
+    config = _options(RowsConfig, arguments, "rows")
 
     from selective_pref_adapters.pairs.command import show_rows
 
     return show_rows(config)
-
-
-_ROWS = """Show how rows are read: schema, prompt and completion tokens with the boundary, what is cut and left out.
-
-The exit status is 1 where nothing can be trained on. `--config FILE.yaml` reads flags from a file; flags on the command
-line win.
-"""
 
 
 def _demo(arguments: list[str]) -> int:
@@ -185,15 +152,31 @@ def _demo(arguments: list[str]) -> int:
     return demo(arguments)
 
 
-_RUN = {
-    "train": _train,
-    "dpo": _dpo,
-    "score": _score,
-    "rows": _rows,
-    "inspect": _inspect,
-    "report": _report,
-    "demo": _demo,
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
+    "train": (_train, "train a policy on preference pairs (SFT, DPO, SimPO, Selective-DPO)"),
+    "dpo": (
+        _dpo,
+        "the same with TRL's DPOTrainer: LoRA, several processes, ZeRO, checkpoints (`trl dpo` with a selection)",
+    ),
+    "score": (_score, "log-probs of a reference into a store, once for all runs that read them"),
+    "inspect": (_inspect, "pairs as the loss reads them: a page, a picture or text, and statistics over a data set"),
+    "report": (_report, "one page of one run or several: curves, what differs, what it means"),
+    "rows": (_rows, "how each row of a file is read and tokenised, and what is left out, before anything is trained"),
+    "demo": (_demo, "a small language task, start to finish: what Selective-DPO does, and what it does not"),
 }
+"""Name → (its arguments → the exit status, None for 0; what it is for)."""
+
+
+# --- flags and files -------------------------------------------------------------------------------------------------
+
+
+def _options(config: type[C], arguments: list[str], command: str) -> C:
+    """The flags, and those of a file behind `--config`, as the dataclass whose fields they are."""
+    import tyro
+
+    flags = _with_config_file(arguments, config, command)
+    run, _ = COMMANDS[command]
+    return tyro.cli(config, args=flags, prog=f"selective-pref {command}", description=inspect.getdoc(run))
 
 
 def _with_config_file(arguments: list[str], config: type, command: str) -> list[str]:

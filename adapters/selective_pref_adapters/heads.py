@@ -54,37 +54,28 @@ def model_per_token_logps(model: Any, batch: Batch) -> Tensor:
     return _dense_logps(model(**inputs_of(model, batch)).logits, labels)
 
 
-def model_logps_and_statistics(model: Any, batch: Batch) -> tuple[Tensor, LogitStatistics]:
-    """`model_per_token_logps`, and statistics of the logits for a training log, each [2B T] and 0 off the completions.
+def model_logps_and_statistics(
+    model: Any, batch: Batch, *, auxiliary_loss: bool = False
+) -> tuple[Tensor, LogitStatistics, Tensor | None]:
+    """`model_per_token_logps`, statistics of the logits, each [2B T] and 0 off the completions, and the auxiliary loss.
 
-    Args: as `model_per_token_logps`.
+    Args:
+        model, batch: as `model_per_token_logps`.
+        auxiliary_loss: whether the load-balancing loss [] of a mixture of experts is wanted; its forward then takes
+            `output_router_logits`. Without it, None stands in its place.
     """
-    labels = labels_of(batch)
+    labels, inputs = labels_of(batch), inputs_of(model, batch)
+    if auxiliary_loss:
+        inputs["output_router_logits"] = True
     if isinstance(causal_lm(model), WithFusedHead):
-        logps, *statistics = model(**inputs_of(model, batch), completion_labels=labels, statistics=True)
-    else:
-        logps, *statistics = _dense_logps_and_statistics(model(**inputs_of(model, batch)).logits, labels)
-    return logps, _named(statistics)
-
-
-def model_logps_statistics_and_auxiliary_loss(model: Any, batch: Batch) -> tuple[Tensor, LogitStatistics, Tensor]:
-    """`model_logps_and_statistics` of a mixture of experts, and the load-balancing loss [] of its routers.
-
-    Args: as `model_per_token_logps`; the model's forward takes `output_router_logits`.
-    """
-    labels, inputs = labels_of(batch), {**inputs_of(model, batch), "output_router_logits": True}
-    if isinstance(causal_lm(model), WithFusedHead):
-        logps, *statistics, auxiliary = model(**inputs, completion_labels=labels, statistics=True)
+        logps, *found = model(**inputs, completion_labels=labels, statistics=True)
     else:
         outputs = model(**inputs)
-        logps, *statistics = _dense_logps_and_statistics(outputs.logits, labels)
-        auxiliary = outputs.aux_loss
-    return logps, _named(statistics), auxiliary
-
-
-def _named(statistics: list[Tensor]) -> LogitStatistics:
-    entropy, mean_logits, is_top1, squares = statistics
-    return LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, log_sum_sq_probs=squares)
+        logps, *found = _dense_logps_and_statistics(outputs.logits, labels)
+        found += [outputs.aux_loss] if auxiliary_loss else []
+    entropy, mean_logits, is_top1, squares, *auxiliary = found
+    statistics = LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, log_sum_sq_probs=squares)
+    return logps, statistics, auxiliary[0] if auxiliary else None
 
 
 def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
@@ -101,7 +92,7 @@ def frozen_per_token_logps(model: Any, batch: Batch) -> Tensor:
         return model_per_token_logps(model, batch).detach()
 
 
-def scores_rows_by_themselves(model: Any) -> bool:
+def computes_rows_by_themselves(model: Any) -> bool:
     """Whether `row_per_token_logps` is for this model: on a CPU, where its rows can be computed one by one.
 
     Args:
@@ -118,7 +109,7 @@ def row_per_token_logps(model: Any, batch: Batch) -> Tensor:
     A prompt that several rows begin with is computed once all the same.
 
     Args:
-        model: one that `scores_rows_by_themselves`, in evaluation mode.
+        model: one that `computes_rows_by_themselves`, in evaluation mode.
         batch: `input_ids`, `attention_mask`, `completion_mask`, each [2B T+1].
     """
     with torch.no_grad():
@@ -269,10 +260,10 @@ def _call_head(causal: Any, hidden: Tensor, labels: Tensor, *, statistics: bool)
     head, options = causal.get_output_embeddings(), causal._fused_head
 
     def fused(hidden: Tensor) -> Any:
-        places = labels.to(hidden.device)
+        targets = labels.to(hidden.device)
         if not statistics:
-            return fused_per_token_logps(hidden, head.weight, places, bias=head.bias, **options)
-        logps, found = fused_logps_and_statistics(hidden, head.weight, places, bias=head.bias, **options)
+            return fused_per_token_logps(hidden, head.weight, targets, bias=head.bias, **options)
+        logps, found = fused_logps_and_statistics(hidden, head.weight, targets, bias=head.bias, **options)
         return logps, found.entropy, found.mean_logits, found.is_top1, found.log_sum_sq_probs
 
     with _forward_replaced(head, fused):
@@ -292,7 +283,7 @@ def _forward_replaced(head: nn.Module, forward: Callable[[Tensor], Any]) -> Iter
 
 
 def _dense_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs [B T] from logits; those of a soft prompt stand in front of the others and are left out."""
+    """Log-probs [B T] from logits, of which only the last positions are the batch's: prompt tuning prepends others."""
     return per_token_logps(logits[:, -labels.shape[1] :], labels)[0]
 
 

@@ -33,8 +33,8 @@ def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {name: batch[name] for name in [*_IDS, *further_inputs(model, batch)]}
     if "position_ids" not in inputs and batch["attention_mask"].ndim == 2 and _counts_from_the_first_token(model):
         mask = batch["attention_mask"] != 0
-        places = torch.arange(mask.shape[1], device=mask.device)
-        inputs["position_ids"] = torch.where(mask, mask.cumsum(-1) - 1, places)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        inputs["position_ids"] = torch.where(mask, mask.cumsum(-1) - 1, positions)
     return {**inputs, "use_cache": False}
 
 
@@ -65,12 +65,12 @@ def _counts_from_the_first_token(model: Any) -> bool:
         return False  # a model of text and images has a layout of its own
     embeddings = getattr(getattr(causal, "base_model", None), "embeddings", None)
     if getattr(embeddings, "padding_idx", None) is not None:
-        return False  # RoBERTa and its kin count from the padding's id on
-    return not has_soft_prompt(model)  # there PEFT counts
+        return False  # RoBERTa and models derived from it count from the padding's id on
+    return not has_soft_prompt(model)  # with one, PEFT sets the positions
 
 
 def has_soft_prompt(model: Any) -> bool:
-    """Whether PEFT puts learned vectors in front of every row."""
+    """Whether PEFT prepends virtual tokens to every row (prompt tuning, prefix tuning)."""
     causal = causal_lm(model)
     wrappers = takewhile(lambda module: module is not causal, model.modules())
     configs = (getattr(module, "active_peft_config", None) for module in wrappers)

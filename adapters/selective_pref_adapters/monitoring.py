@@ -36,14 +36,14 @@ SIGNS = {
         "that is stronger than the policy it starts low, and should rise; otherwise look for swapped pairs"
     ),
     "non_finite": "pairs with NaN or infinite reference log-probs were left out ({prefix}selection/skipped_pairs): "
-    "find them and score them again",
+    "find them and compute their log-probs again",
     "ties": (
         "most tokens stand on the selection's threshold together ({prefix}selection/tied_fraction): policy and "
         "reference are (nearly) equal, or log-probs were rounded. Give a stronger reference, or set selection_ratio "
         "to 1"
     ),
 }
-"""What a run that looks wrong is told, by kind."""
+"""The warnings about a run that looks wrong, by kind."""
 MOSTLY_TIED = 0.5
 """A larger share of tokens on the threshold is the sign "ties"."""
 
@@ -220,11 +220,12 @@ def wrong_signs(seen: Sequence[Sequence[float]], patience: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the log of a run says of it.
+    """What the log of a run shows.
 
     Attributes:
-        moved: a sentence on whether the full margin and accuracy rose or fell; empty without two values of them.
-        rose: whether the full margin ended above its beginning.
+        moved: a sentence on whether the full margin and accuracy rose or fell, or the loss of supervised training,
+            which has neither; empty without two values of them.
+        rose: whether the full margin ended above its beginning, or the loss of supervised training below it.
         warnings: kind, as in `SIGNS` → sentence.
     """
 
@@ -241,7 +242,7 @@ class Verdict:
 def verdict(
     lines: Sequence[Mapping[str, float | None]], *, selection_ratio: float = 1.0, patience: int = 10
 ) -> Verdict:
-    """What the log of a run says of it: whether the full margin and accuracy rose or fell, and what looks wrong.
+    """What the log of a run shows: whether the full margin and accuracy rose or fell, and what looks wrong.
 
     The full-sequence numbers decide, since the selected ones are biased by the selection. They are those of the
     evaluations, or of the training lines of a run without two evaluations. Margins of a run whose β changes are
@@ -267,6 +268,8 @@ def verdict(
         )
         if last_margin < first_margin and last_accuracy < first_accuracy:
             signs.setdefault("falling", prefix)
+    elif not any(series.values()):
+        moved, rose = _supervised(lines)
     for line in lines:
         ratio = line.get("selection/ratio") or selection_ratio
         for name in series:
@@ -297,6 +300,17 @@ def _margins_and_accuracies(lines: Sequence[Mapping[str, float | None]], prefix:
         if margin is not None and accuracy is not None and math.isfinite(margin) and math.isfinite(accuracy)
     ]
     return [[margin * (finite[-1][2] / beta), accuracy] for margin, accuracy, beta in finite]
+
+
+def _supervised(lines: Sequence[Mapping[str, float | None]]) -> tuple[str, bool]:
+    """Whether the loss of supervised training fell: the sentence, and the answer. It logs no rejected side."""
+    for prefix in ("eval_", ""):
+        alone = [line for line in lines if f"{prefix}rewards/chosen" in line and f"{prefix}rewards/margins" not in line]
+        seen = [line.get(f"{prefix}loss") for line in alone]
+        losses = [loss for loss in seen if loss is not None and math.isfinite(loss)]
+        if len(losses) > 1:
+            return f"The loss ({prefix}loss) {_moved(losses[0], losses[-1])}.", losses[-1] < losses[0]
+    return "", False
 
 
 def _moved(first: float, last: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,8 +33,8 @@ from selective_pref_adapters.batch import Batch, responses
 from selective_pref_adapters.named_losses import NamedLoss, check_name, unread_numbers
 from selective_pref_adapters.options import UNREAD, LossOptions, SelectionOptions
 
-NEEDS_REFERENCE = ("selective_dpo", "dpo")
-"""Objectives that compare the policy with a reference; the others read none."""
+CHOSEN_ONLY = ("sft",)
+"""Objectives that read the chosen side alone: no rejected one is computed, or needed."""
 
 
 def make_objective(name: str, **numbers: Any) -> Objective:
@@ -64,16 +64,8 @@ def make_objective(name: str, **numbers: Any) -> Objective:
 
 def pair_loss(options: LossOptions) -> NamedLoss:
     """The sum of losses that `loss_type` names, of all tokens."""
-    return NamedLoss(
-        loss_type=as_names(options.loss_type),
-        loss_weights=options.loss_weights,
-        beta=options.beta,
-        label_smoothing=options.label_smoothing,
-        f_divergence_type=options.f_divergence_type,
-        f_alpha_divergence_coef=options.f_alpha_divergence_coef,
-        discopop_tau=options.discopop_tau,
-        ld_alpha=options.ld_alpha,
-    )
+    numbers = {option.name: getattr(options, option.name) for option in fields(NamedLoss)}
+    return NamedLoss(**{**numbers, "loss_type": as_names(options.loss_type)})
 
 
 def unread(name: str, loss_type: str | Sequence[str], f_divergence_type: str) -> list[str]:
@@ -196,6 +188,8 @@ def loss_of_batch(
     scoring_ref_per_token_logps: Tensor | None = None,
     *,
     pair_weights: Tensor | None = None,
+    chosen_only: bool = False,
+    pairs: Tensor | None = None,
 ) -> PreferenceLoss:
     """What `objective` says of a batch: the last arrows of every adapter.
 
@@ -207,15 +201,25 @@ def loss_of_batch(
         scoring_ref_per_token_logps: of the reference that scores the tokens (Eq. 6) [2B T], where it is another.
         pair_weights: what the losses are multiplied by [B], at least 0; None for 1. They are not made to have a mean
             of 1: a pair counts for the same whatever other pairs are in its batch.
+        chosen_only: the batch has no rejected rows, and all arrays are [B T]; see `responses`.
+        pairs: which pairs are read, bool [B] on the CPU; the losses are theirs alone. None, or none of them: all.
     """
+    if pairs is not None and pairs.any() and not pairs.all():
+        rows = pairs if chosen_only else pairs.repeat(2)
+        batch = {"completion_mask": batch["completion_mask"][rows]}
+        per_token_logps, ref_per_token_logps, scoring_ref_per_token_logps = (
+            some if some is None else some[rows]
+            for some in (per_token_logps, ref_per_token_logps, scoring_ref_per_token_logps)
+        )
+        pair_weights = None if pair_weights is None else pair_weights[pairs]
     if ref_per_token_logps is not None:
         ref_per_token_logps = without_rounding(ref_per_token_logps, per_token_logps)
-    chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps)
+    chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps, chosen_only=chosen_only)
     if scoring_ref_per_token_logps is None:
         out = objective(chosen, rejected)
     else:
         scoring = without_rounding(scoring_ref_per_token_logps, per_token_logps)
-        scores = alignment_scores(*responses(batch, per_token_logps, scoring))
+        scores = alignment_scores(*responses(batch, per_token_logps, scoring, chosen_only=chosen_only))
         out = objective(chosen, rejected, scores=scores)  # type: ignore[call-arg]
     return out if pair_weights is None else weigh_pairs(out, pair_weights, total=float(len(pair_weights)))
 

@@ -1,7 +1,7 @@
 """The options of a loss, and of `selective-pref train`, `score` and `rows`, as dataclasses.
 
 Imports no framework, so that `--help` is quick. The command line and the YAML file are made from them: a field's name
-is the flag, its docstring (or its metadata) the help. The options of a loss are said here only: `train`, TRL's
+is the flag, its docstring (or its metadata) the help. The options of a loss are defined here only: `train`, TRL's
 configuration and the Hugging Face loss read them.
 """
 
@@ -110,7 +110,8 @@ class TrainInputs:
     model: str
     """Policy to train: a folder or a hub id of a causal language model."""
     pairs: str
-    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
+    """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT); for objective sft
+    rows of a prompt and one answer, too."""
     ref_model: str | None = None
     """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
     reference_store: str | None = None
@@ -118,7 +119,7 @@ class TrainInputs:
     reference_space: str | None = None
     """Which reference's log-probs to read, where reference_store holds those of several."""
     scoring_ref_model: str | None = None
-    """A second reference that scores the tokens, while the first anchors the reward."""
+    """A second reference, from which scores are made, while the first anchors the reward."""
     scoring_reference_store: str | None = None
     """Likewise, from a store."""
     scoring_reference_space: str | None = None
@@ -126,7 +127,7 @@ class TrainInputs:
     output_dir: str = "runs/train"
     """Where everything is written; must be absent or empty, or a run to resume."""
     objective: ObjectiveName = "selective_dpo"
-    """The loss. Distilled DPO is dpo with a stronger ref_model."""
+    """The loss. Distilled DPO is dpo with a stronger ref_model; sft reads the chosen side alone."""
 
 
 @dataclass(kw_only=True)
@@ -208,7 +209,7 @@ class TrainConfig(LossOptions, TrainInputs):
 
 
 _SELECTION = ("selection_ratio", "selection_pool", "selection_ties", "min_score")
-_PAIR_LOSS = (
+PAIR_LOSS = (
     "loss_type",
     "loss_weights",
     "f_divergence_type",
@@ -216,11 +217,12 @@ _PAIR_LOSS = (
     "discopop_tau",
     "ld_alpha",
 )
+"""Options that say which pair loss it is."""
 UNREAD: dict[str, tuple[str, ...]] = {
     "selective_dpo": ("gamma",),
     "dpo": ("gamma", *_SELECTION),
-    "simpo": (*_PAIR_LOSS, *_SELECTION),
-    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *_PAIR_LOSS, *_SELECTION),
+    "simpo": (*PAIR_LOSS, *_SELECTION),
+    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *PAIR_LOSS, *_SELECTION),
 }
 """Options of the loss that an objective does not read: setting one is an error."""
 
@@ -315,6 +317,8 @@ class RowsConfig:
     """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     tokenizer: str
     """The policy: a folder or hub id with a tokenizer."""
+    objective: ObjectiveName = "selective_dpo"
+    """What is to be trained with the rows: sft reads the chosen side alone, and rows of a prompt and one answer."""
     rows: int = 3
     """How many rows to show, from the first one on; the summary is over all."""
     columns: str | None = None

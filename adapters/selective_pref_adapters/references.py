@@ -138,12 +138,12 @@ class StoredReference:
 
 
 def ref_logps_of(batch: Batch, key: str, reference: Reference | None) -> Tensor | None:
-    """The reference's log-probs of a batch: those that the collator looked up (as bits, under `key`), else asked now.
+    """The reference's log-probs of a batch: those that the collator looked up (as bits, at `key`), else computed now.
 
     Args:
         batch: in the trainers' layout.
         key: `REF_LOGPS` or `SCORING_REF_LOGPS`.
-        reference: whom to ask where the batch brings none; None where there is nobody to ask.
+        reference: computes them where the batch holds none; None where the objective reads none.
     """
     if key in batch:
         return from_bits(batch[key])
@@ -151,7 +151,7 @@ def ref_logps_of(batch: Batch, key: str, reference: Reference | None) -> Tensor 
 
 
 def is_initial_policy(reference: Reference | None, policy: nn.Module) -> bool:
-    """Whether a reference says what the policy says now, as far as that can be known without a batch.
+    """Whether a reference is the policy as it is now, as far as that can be known without a batch.
 
     Then every alignment score starts at 0, and selection below ratio 1 teaches little. Sharded weights are compared by
     this process's part; those behind a store, and adapters, cannot be compared while they are sharded: False.

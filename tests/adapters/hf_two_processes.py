@@ -88,7 +88,7 @@ def one_broken_number(stored: ReferenceStore) -> str:
                 batch["labels"][REF_LOGPS].view(torch.float32)[0] = math.nan
             return batch
 
-    trainer = build("nan", SelectivePreferenceLoss(), collator=Broken(TOKENIZER, ref_store=stored))
+    trainer = build("nan", SelectivePreferenceLoss(), collator=Broken(TOKENIZER, reference_store=stored))
     try:
         trainer.train()
     except NonFiniteError as error:
@@ -143,7 +143,7 @@ def zero3_bf16(stored: ReferenceStore) -> dict[str, Any]:
     options |= {"metric_for_best_model": "eval_rewards/margins", "greater_is_better": True}
 
     def start() -> Trainer:
-        collator = PreferenceCollator(TOKENIZER, ref_store=stored)
+        collator = PreferenceCollator(TOKENIZER, reference_store=stored)
         return build("bf16", Watched(), collator=collator, **zero3("bf16", **options))
 
     whole, resumed = start(), start()

@@ -143,15 +143,18 @@ def laid_out(model: Any, batch: Batch, *, compiled: bool = False) -> Any:
     return found
 
 
-def make_calls_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def cheap_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the short rows of these tests are worth sharing."""
     monkeypatch.setattr(layout_module, "CALL_TOKENS", 2)
     monkeypatch.setattr(layout_module, "CPU_ROW_TOKENS", 0)  # a row for each prompt
 
 
-def keep_one_layout(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="layout", params=["continued", "packed"])
+def one_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Only this layout is there, with gradients and without."""
-    if layout == "packed":
+    if request.param == "packed":
         monkeypatch.setattr(layout_module, "continues", lambda causal: False)
     else:
         monkeypatch.setattr(layout_module, "examine", only_continued)
+    return request.param

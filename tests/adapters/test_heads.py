@@ -116,8 +116,8 @@ def test_architectures(name: str, batch: dict[str, torch.Tensor]) -> None:
     assert columns == [batch["input_ids"].shape[1] - 1]  # log-probs left the head, not 64 logits
     model(input_ids=batch["input_ids"])
     assert columns[-1] == TINY["vocab_size"]  # its own forward is as it was
-    fused, fused_statistics = model_logps_and_statistics(model, batch)
-    plain, statistics = model_logps_and_statistics(make(name), batch)
+    fused, fused_statistics, _ = model_logps_and_statistics(model, batch)
+    plain, statistics, _ = model_logps_and_statistics(make(name), batch)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused_statistics.entropy, statistics.entropy, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fused_statistics.mean_logits, statistics.mean_logits, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -39,8 +40,9 @@ from selective_pref import (
     sft_loss,
     simpo_loss,
     token_sft_loss,
+    weigh_pairs,
 )
-from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, from_bits, responses
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.hf_trainer import (
     PreferenceCollator,
@@ -165,6 +167,54 @@ def assert_alike(ours: list[dict[str, float]], theirs: list[dict[str, float]], *
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
+def test_rows_count_for_their_weight(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], policy_folder: Path, reference_folder: Path
+) -> None:
+    """The loss is the core's of weighted pairs; in a run a weight of 2 is as good as the row twice."""
+    weighted = [dataclasses.replace(pair, weight=weight) for pair, weight in zip(pairs, [0.0, 1.0, 2.0], strict=False)]
+    model, batch = model_of(policy_folder), PreferenceCollator(tokenizer)([vars(pair) for pair in weighted])
+    labels, logps = batch["labels"], frozen_per_token_logps(model, batch["labels"])
+    loss = SelectivePreferenceLoss(beta=0.3, ref_model=model_of(reference_folder))
+    ref_logps = frozen_per_token_logps(model_of(reference_folder), labels)
+    expected = selective_dpo_loss(*responses(labels, logps, ref_logps), beta=0.3, selection_ratio=0.4)
+    expected = weigh_pairs(expected, torch.tensor([0.0, 1.0, 2.0]), total=3.0)
+    torch.testing.assert_close(loss(logps, labels, 3), expected.losses.mean())
+
+    def first(some: Any, evaluation: Any = None) -> tuple[dict[str, float], Trainer]:
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 1}
+        trainer = build(train=some, evaluation=evaluation, **options)
+        trainer.train()
+        return logged(trainer)[0], trainer
+
+    got, trainer = first(Dataset.from_list([vars(pair) for pair in weighted]), weighted)
+    same, other = first([pairs[1], pairs[2], pairs[2]], [pairs[1], pairs[2], pairs[2]])
+    for name in ("loss", "grad_norm"):
+        assert got[name] == pytest.approx(same[name], rel=1e-5)
+    assert got["pair_weight"] == pytest.approx(1.0)
+    assert "pair_weight" not in same
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(other.evaluate()["eval_loss"], rel=1e-4)
+    raw = [{**row, "weight": weight} for row, weight in zip(text_rows(3), [0.0, 1.0, 2.0], strict=True)]
+    labels = PreferenceCollator(tokenizer)(raw)["labels"]
+    assert from_bits(labels[PAIR_WEIGHTS]).tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ([0.0, 0.0], {}, "train_dataset: every weight is 0"),
+        ([1.0, None], {}, "train_dataset: 1 of 2 rows have a weight"),
+        ([1.0, math.nan], {}, "train_dataset, row 1: 'weight', .* a finite number, at least 0; got nan"),
+        ([1.0, 2.0], {"loss_type": "aot"}, "pairs cannot be weighted .* under aot"),
+    ],
+)
+def test_weights_that_mean_nothing(
+    build: Run, reference_folder: Path, weights: list[float], options: Any, message: str
+) -> None:
+    rows = [{**row, "weight": weight} for row, weight in zip(text_rows(2), weights, strict=True)]
+    with pytest.raises(ValueError, match=message):
+        build(train=rows, loss=SelectivePreferenceLoss(ref_model=model_of(reference_folder), **options))
+
+
 def test_the_loss_is_the_cores_on_the_same_log_probs(
     tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path, reference_folder: Path
 ) -> None:
@@ -203,7 +253,7 @@ def test_the_loss_is_the_cores_on_the_same_log_probs(
             value = loss(answer, labels, num_items_in_batch=count)
             torch.testing.assert_close(value, out.loss / 3)
             assert value.requires_grad
-    stored = PreferenceCollator(tokenizer, ref_store=store)(pairs[:6])["labels"]
+    stored = PreferenceCollator(tokenizer, reference_store=store)(pairs[:6])["labels"]
     torch.testing.assert_close(from_bits(stored[REF_LOGPS]), ref_logps, rtol=1e-5, atol=1e-5)
     custom = SelectivePreferenceLoss(lambda *pair: dpo_loss(*pair, beta=0.3))
     torch.testing.assert_close(custom(logps, stored, 6), dpo_loss(*sides, beta=0.3).loss)
@@ -213,7 +263,7 @@ def test_scoring_references_select_and_do_not_anchor(
     tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore, policy_folder: Path, tmp_path: Path
 ) -> None:
     other = model_of(make_model(tmp_path / "other", seed=7))
-    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    labels = PreferenceCollator(tokenizer, reference_store=store)(pairs[:4])["labels"]
     logps = model_per_token_logps(model_of(policy_folder), labels)
     anchor, scoring = from_bits(labels[REF_LOGPS]), frozen_per_token_logps(other.eval(), labels)
     chosen, rejected = responses(labels, logps, anchor)
@@ -303,7 +353,7 @@ def test_a_store_gives_the_numbers_of_the_online_reference(
     online = build(**options)
     stored = build(
         loss=SelectivePreferenceLoss(),
-        collator=PreferenceCollator(tokenizer, ref_store=store),
+        collator=PreferenceCollator(tokenizer, reference_store=store),
         dataloader_num_workers=1,
         **options,
     )
@@ -411,7 +461,7 @@ def test_steps_use_the_schedules_numbers_and_evaluations_their_end(
     )
     trainer.train()
     losses = [line["loss"] for line in logged(trainer)] + [trainer.evaluate()["eval_loss"]]
-    labels = PreferenceCollator(tokenizer, ref_store=store)(pairs[:4])["labels"]
+    labels = PreferenceCollator(tokenizer, reference_store=store)(pairs[:4])["labels"]
     with torch.no_grad():
         sides = responses(labels, model_per_token_logps(trainer.model, labels), from_bits(labels[REF_LOGPS]))
     expected = [selective_dpo_loss(*sides, beta=beta(step), selection_ratio=ratio(step)).loss for step in range(3)]
@@ -553,8 +603,8 @@ def test_a_reference_that_is_the_initial_policy_is_named(
     fill_store(own, pairs[:30], policy, pad_token_id=0, progress=False)
     for loss, collator, expected in (
         (SelectivePreferenceLoss(ref_model=policy), None, ["self_reference", "ties"]),
-        (SelectivePreferenceLoss(), PreferenceCollator(tokenizer, ref_store=own), ["self_reference", "ties"]),
-        (SelectivePreferenceLoss("dpo"), PreferenceCollator(tokenizer, ref_store=own), []),
+        (SelectivePreferenceLoss(), PreferenceCollator(tokenizer, reference_store=own), ["self_reference", "ties"]),
+        (SelectivePreferenceLoss("dpo"), PreferenceCollator(tokenizer, reference_store=own), []),
     ):
         callback = SelectionCallback()
         build(loss=loss, collator=collator, callback=callback, max_steps=1).train()
@@ -585,7 +635,7 @@ def test_a_broken_number_stops_the_run_before_the_step(
     build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
 ) -> None:
     """The Trainer's own filter would hide it from the logs and take the step."""
-    collator = PreferenceCollator(tokenizer, ref_store=broken_store(store, pairs[9]))
+    collator = PreferenceCollator(tokenizer, reference_store=broken_store(store, pairs[9]))
     trainer = build(loss=SelectivePreferenceLoss(), collator=collator, logging_nan_inf_filter=True)
     with pytest.raises(NonFiniteError, match=rf"step 3: .*ref_per_token_logps.*rows 1 .*{pairs[9].place}"):
         trainer.train()
@@ -598,7 +648,7 @@ def test_a_broken_number_stops_the_run_before_the_step(
 def test_pairs_with_a_broken_reference_can_be_left_out(
     build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore
 ) -> None:
-    broken = PreferenceCollator(tokenizer, ref_store=broken_store(store, pairs[9]))
+    broken = PreferenceCollator(tokenizer, reference_store=broken_store(store, pairs[9]))
     callback = SelectionCallback()
     loss = SelectivePreferenceLoss(non_finite="skip")
     trainer = build(loss=loss, collator=broken, callback=callback, evaluation=pairs[8:12])
@@ -610,7 +660,7 @@ def test_pairs_with_a_broken_reference_can_be_left_out(
     rest = build(
         model=trainer.model,
         loss=SelectivePreferenceLoss(),
-        collator=PreferenceCollator(tokenizer, ref_store=store),
+        collator=PreferenceCollator(tokenizer, reference_store=store),
         evaluation=[pairs[8], *pairs[10:12]],
     ).evaluate()
     with_broken = trainer.evaluate()
@@ -669,7 +719,7 @@ def test_an_adapter_switched_off_is_a_reference(build: Run, pairs: list[Tokenize
 
 def test_bf16(build: Run, tokenizer: Any, pairs: list[TokenizedPair], store: ReferenceStore) -> None:
     """Under autocast and with bf16 weights: finite, and near the float32 run; log-probs and losses stay float32."""
-    collator = PreferenceCollator(tokenizer, ref_store=store)
+    collator = PreferenceCollator(tokenizer, reference_store=store)
     options = {"loss": SelectivePreferenceLoss(), "collator": collator, "evaluation": pairs[30:], "max_steps": 2}
     exact = build(**options)
     exact.train()
@@ -713,7 +763,7 @@ def test_what_a_collator_gives_the_model_the_reference_reads_too(
     collator = Spreading(tokenizer)
     with pytest.raises(ValueError, match=r"gives the model position_ids, and the reference does not see it: put it"):
         build(collator=collator)
-    stored = Spreading(tokenizer, ref_store=store)
+    stored = Spreading(tokenizer, reference_store=store)
     with pytest.raises(ValueError, match="gives the model position_ids, and a store holds log-probs of token ids"):
         build(collator=stored, loss=SelectivePreferenceLoss())
     collator.told = True
@@ -780,8 +830,8 @@ def parts(
         pairs=pairs,
         policy_folder=policy_folder,
         policy=model_of(policy_folder),
-        stored=PreferenceCollator(tokenizer, ref_store=store),
-        partly_stored=PreferenceCollator(tokenizer, ref_store=partial_store),
+        stored=PreferenceCollator(tokenizer, reference_store=store),
+        partly_stored=PreferenceCollator(tokenizer, reference_store=partial_store),
     )
 
 
@@ -806,9 +856,9 @@ REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "another loss": (lambda it: {"loss": lambda *_: None}, "compute_loss_func=SelectivePreferenceLoss"),
     "no reference": (
         lambda it: {"loss": SelectivePreferenceLoss()},
-        r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(ref_st",
+        r"there is none: give SelectivePreferenceLoss\(ref_model=...\) or PreferenceCollator\(reference_st",
     ),
-    "two references": (lambda it: {"collator": it.stored}, "both ref_store and ref_model are given"),
+    "two references": (lambda it: {"collator": it.stored}, "both reference_store and ref_model are given"),
     "training rows not stored": (
         lambda it: {"loss": SelectivePreferenceLoss(), "collator": it.partly_stored},
         "10 of 30 pairs.*selective-pref score",
@@ -824,9 +874,9 @@ REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     ),
     "a store that is not read": (
         lambda it: {"loss": SelectivePreferenceLoss("simpo"), "collator": it.stored},
-        "'simpo' reads no reference: leave ref_store out",
+        "'simpo' reads no reference: leave reference_store out",
     ),
-    "a scorer that is not read": (
+    "a scoring reference that is not read": (
         lambda it: {"loss": SelectivePreferenceLoss("dpo", ref_model=it.policy, scoring_ref_model=it.policy)},
         "'dpo' selects no tokens: leave scoring_ref_model out",
     ),
@@ -1057,7 +1107,7 @@ def test_options_of_the_objects_that_make_no_sense(
         (lambda: SelectivePreferenceLoss(non_finite="hide"), "'raise' or 'skip'"),
         (lambda: SelectionCallback(beta=0.1), r"SelectivePreferenceLoss\(beta=...\)"),
         (lambda: SelectionCallback(patience=1), "patience must be at least 2"),
-        (lambda: PreferenceCollator(tokenizer, ref_store="folder"), "must be a ReferenceStore"),
+        (lambda: PreferenceCollator(tokenizer, reference_store="folder"), "must be a ReferenceStore"),
         (lambda: SelectivePreferenceTrainer(model=model_of(policy_folder)), "give data_collator"),
         (lambda: SelectionCallback().on_init_end(None, None, None), "call its attach"),
     ):
@@ -1068,7 +1118,7 @@ def test_options_of_the_objects_that_make_no_sense(
             model=model_of(policy_folder),
             args=arguments(remove_unused_columns=True),
             processing_class=tokenizer,
-            ref_store=store,
+            reference_store=store,
             train_dataset=pairs[:4],
         )
     labels = PreferenceCollator(tokenizer)(pairs[:2])["labels"]

@@ -378,7 +378,7 @@ TRL = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({**TRL, "question": "what else"}, r"column 'question' is not in the prompt.*--columns prompt=question"),
         ({**TRL, "context": "a long text"}, r"column 'context' is not in the prompt"),
         ({**TRL, "history": [["a", "b"]]}, r"column 'history' is not in the prompt"),
-        ({**TRL, "images": ["cat.png"]}, r"column 'images' .*only text is scored"),
+        ({**TRL, "images": ["cat.png"]}, r"column 'images' .*only text is trained on"),
         ({**TRL, "prompt": [user("x")], "system": 3}, r"'system' must be text; got int"),
         ({"chosen": "b", "rejected": "c", "system": "s"}, r"it would be lost"),
         (
@@ -386,7 +386,10 @@ TRL = {"prompt": "a", "chosen": "b", "rejected": "c"}
             r"two different system prompts",
         ),
         ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, r"begins with what is asked"),
-        ({"messages": [user("a")], "chosen": "b", "rejected": [assistant("c")]}, r"all text or all message lists"),
+        (
+            {"messages": [user("a")], "chosen": "b", "rejected": [assistant("c")]},
+            r"both text or both messages; got .*Write the text as a message",
+        ),
         (
             {"prompt": [user("z")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
             r"beside whole conversations, but is not in them: 'z' \(user\)",

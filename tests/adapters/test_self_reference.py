@@ -55,7 +55,7 @@ def test_in_the_plain_trainer(way: str, tmp_path: Path, policy_folder: Path, pai
     policy = get_peft_model(policy, LORA) if way == "adapter off" else policy
     copy = AutoModelForCausalLM.from_pretrained(policy_folder)
     reference = {"model": {"ref_model": copy}, "adapter off": {"ref_model": policy}, "store": {}}[way]
-    stored = {"ref_store": ReferenceStore.open(store)} if way == "store" else {}
+    stored = {"reference_store": ReferenceStore.open(store)} if way == "store" else {}
     trainer = Trainer(
         model=policy,
         args=TrainingArguments(output_dir=str(tmp_path / "run"), remove_unused_columns=False, **ONE_STEP),

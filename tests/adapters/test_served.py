@@ -325,6 +325,19 @@ def test_faults_that_pass_are_asked_again_in_halves(
     assert len(served.bodies) > report.forward_passes
 
 
+def test_an_outage_is_said_once_while_it_lasts(
+    served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = {3, 4, 5, 8, 9}  # requests after the probe's: two outages, of three requests and of two
+    counted = iter(range(1000))
+    served.fault = lambda _, __, answer: (503, "starting") if next(counted) in broken else answer
+    server = settings(served, concurrency=1, rows_per_request=1)
+    fill_from_server(make_store(tmp_path, tokenizer), pairs, server, tokenizer, progress=False)
+    said = [record.message for record in caplog.records if "Asking again" in record.message]
+    assert len(said) == 2
+    assert said[0] == f"{server.url}: status 503: starting. Asking again, up to {server.attempts} times"
+
+
 def test_choices_may_come_in_any_order(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair], expected: torch.Tensor
 ) -> None:
@@ -709,6 +722,15 @@ def test_keys_that_the_command_refuses(
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_does_not_wait_for_answers(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
 ) -> None:
@@ -733,6 +755,7 @@ def test_an_interruption_does_not_wait_for_answers(
     assert store.stat().rows == 4  # what was computed before is stored
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_does_not_wait_for_pauses(
     served: ModelServer, tmp_path: Path, tokenizer: Any, pairs: list[TokenizedPair]
 ) -> None:

@@ -11,39 +11,28 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from selective_pref_adapters.heads import (
+    computes_rows_by_themselves,
     frozen_per_token_logps,
     install_fused_head,
     model_logps_and_statistics,
     model_per_token_logps,
     row_per_token_logps,
-    scores_rows_by_themselves,
 )
 from selective_pref_adapters.shared_prefix.exact import UNLIMITED, examine
-from shared_prefix_cases import (
+from shared_prefix_cases import (  # noqa: F401 (cheap_calls and one_layout are fixtures)
     CONTINUED_ONLY,
     MODELS,
     NEITHER,
     PAIRS,
     Count,
     assert_same,
-    keep_one_layout,
+    cheap_calls,
     logps_and_gradients,
     make,
     make_batch,
-    make_calls_cheap,
+    one_layout,
     plain,
 )
-
-
-@pytest.fixture(autouse=True)
-def calls_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_calls_cheap(monkeypatch)
-
-
-@pytest.fixture(params=["continued", "packed"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    keep_one_layout(request.param, monkeypatch)
-    return request.param
 
 
 class Float64Throughout(TorchFunctionMode):
@@ -221,7 +210,7 @@ def test_the_bits_of_a_row_that_is_scored_for_a_store_depend_on_it_alone() -> No
     """Beside its other side, beside others, on whichever side padded, or by itself."""
     model, batch = make("qwen3"), make_batch()
     install_fused_head(model)
-    assert scores_rows_by_themselves(model)
+    assert computes_rows_by_themselves(model)
     count = Count(model)
     whole = row_per_token_logps(model, batch)
     assert count.tokens == sum(map(sum, PAIRS))

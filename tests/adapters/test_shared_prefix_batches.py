@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from selective_pref_adapters.batch import labels_of
 from selective_pref_adapters.heads import (
     frozen_per_token_logps,
     install_fused_head,
@@ -21,31 +22,19 @@ from selective_pref_adapters.shared_prefix import layout as layout_module
 from selective_pref_adapters.shared_prefix.exact import UNLIMITED, examine
 from selective_pref_adapters.shared_prefix.groups import Group, groups_of
 from selective_pref_adapters.shared_prefix.packed import first_fit, pack
-from shared_prefix_cases import (
+from shared_prefix_cases import (  # noqa: F401 (cheap_calls and one_layout are fixtures)
     PAIRS,
     Count,
     assert_same,
+    cheap_calls,
     collate,
-    keep_one_layout,
     laid_out,
     logps_and_gradients,
     make,
     make_batch,
-    make_calls_cheap,
+    one_layout,
     plain,
 )
-
-
-@pytest.fixture(autouse=True)
-def calls_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_calls_cheap(monkeypatch)
-
-
-@pytest.fixture(params=["continued", "packed"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    keep_one_layout(request.param, monkeypatch)
-    return request.param
-
 
 # --- odd batches -----------------------------------------------------------------------------------------------------
 
@@ -114,6 +103,20 @@ def test_nothing_to_predict() -> None:
     logps = model_per_token_logps(model, batch)
     assert logps.requires_grad
     assert not logps.any()
+
+
+def test_gathered_weights_are_examined_at_the_first_batch_whatever_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at a model calls it, and each call gathers its weights: all processes must call it equally often."""
+    monkeypatch.setattr(layout_module, "_gathers", lambda _: True)
+    model, batch = make("llama"), make_batch()
+    count = Count(model)
+    nothing = torch.full_like(labels_of(batch), -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert layout_module.lay_out(model, inputs, nothing) is None
+    assert count.calls > 0
+    count.restart()
+    assert laid_out(model, batch)
+    assert count.calls == 0
 
 
 # --- when the padded rows stay ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPO
 from selective_pref_adapters.trl_trainer import config as trl_config
 from selective_pref_adapters.trl_trainer import reference as trl_reference
 from selective_pref_adapters.trl_trainer.config import check_trl_version
-from tiny import make_model, text_rows, write_jsonl
+from tiny import make_mixture, make_model, text_rows, weighted, write_jsonl
 
 Make = Callable[..., SelectiveDPOTrainer]
 ROWS = text_rows(48)
@@ -385,15 +385,15 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     calls = forward_calls(teacher)
     sets = {"eval_dataset": {"one": Dataset.from_list(ROWS[:4]), "two": Dataset.from_list(text_rows(60)[48:])}}
     first = make(ref_model=teacher, **store, **sets)
-    scored = len(calls)
-    assert scored > len(ROWS)  # row by row, each once
+    computed = len(calls)
+    assert computed > len(ROWS)  # row by row, each once
     first_log = steps_of(trained(first))
-    assert len(calls) == scored  # no forward while it trains
+    assert len(calls) == computed  # no forward while it trains
     other = load(reference_folder)
     calls = forward_calls(other)
     second = trained(make(ref_model=other, beta=0.02, selection_ratio=0.2, seed=3, **store, **sets))
     assert second.evaluate()["eval_one_loss"] > 0
-    assert not calls  # another β, ratio, seed: nothing is scored again
+    assert not calls  # another β, ratio, seed: nothing is computed again
     alone = trained(make(ref_model=None, reference_store=store["reference_store"], **sets))
     assert alone.ref_model is None
     assert [line["loss"] for line in steps_of(alone)] == [line["loss"] for line in first_log]
@@ -402,7 +402,7 @@ def test_the_store_is_filled_once_and_then_serves_every_run(
     assert [line["loss"] for line in online] == [pytest.approx(line["loss"], abs=1e-6) for line in first_log]
     fresh = Dataset.from_list([{"prompt": "w1 ", "chosen": "w2", "rejected": "w3 w4"}])
     calls = forward_calls(first.ref_model)
-    assert first.evaluate(fresh)["eval_loss"] > 0  # with a reference at hand, new rows are scored when they come
+    assert first.evaluate(fresh)["eval_loss"] > 0  # new rows are computed when they come
     assert len(calls) == 2
     with pytest.raises(MissingRowsError, match="2 of 2 rows"):
         alone.evaluate(Dataset.from_list([{"prompt": "w2 ", "chosen": "w1", "rejected": "w3 w4"}]))
@@ -713,7 +713,7 @@ def test_the_default_length_is_what_all_models_can_read(make: Make, tmp_path: Pa
 def test_rows_that_were_scored_at_another_length_name_it(make: Make, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     make(reference_store=store)
-    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; score them with the same --max-length"):
+    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; fill the store with the same"):
         make(reference_store=store, ref_model=None, max_length=7)
 
 
@@ -802,7 +802,7 @@ def test_nan_stops_the_run_before_the_weights_change(make: Make, reference_folde
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
     with pytest.raises(NonFiniteError, match="evaluation after step 0: "):
         make(ref_model=teacher, eval_dataset=Dataset.from_list(ROWS[:8])).evaluate()
-    lenient = make(ref_model=teacher, raise_on_non_finite=False, max_steps=1, logging_nan_inf_filter=False)
+    lenient = make(ref_model=teacher, non_finite="ignore", max_steps=1, logging_nan_inf_filter=False)
     trained(lenient)
     assert lenient.state.log_history[0]["selection/nonfinite_rows"] == 1.0
 
@@ -932,15 +932,16 @@ def test_the_two_name_change_of_the_page(
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Path, make: Make) -> None:
-    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone.
+    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, weights, experts, and NaN on one rank alone.
 
     Two processes share prompts; the one that they are compared with computes padded rows.
     """
     script = Path(__file__).with_name("trl_two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "adapters"))
+    mixture = make_mixture(tmp_path / "mixture", seed=1)
     run = subprocess.run(
-        [*command, str(policy_folder), str(reference_folder), str(tmp_path)],
+        [*command, *map(str, (policy_folder, reference_folder, mixture, tmp_path))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -964,6 +965,15 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
         ):  # 5 pairs on 2 processes: 3 repeated
             expected = pytest.approx(evaluated[f"eval_{metric}"], rel=2e-4, abs=2e-6)
             assert lines[name]["eval"][f"eval_{metric}"] == expected, (name, metric)
+    same_batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4}
+    for name, options, metrics in (
+        ("weights", {"train_dataset": Dataset.from_list(weighted(ROWS)), "use_weighting": True}, ("pair_weight",)),
+        ("experts", {"model": load(mixture), "router_aux_loss_coef": 0.5}, ("aux_loss",)),
+    ):
+        steps = steps_of(trained(make(**same_batches, **options)))
+        for step, (one, two) in enumerate(zip(steps, lines[name]["steps"], strict=True)):
+            for metric in ("loss", "grad_norm", "rewards/margins", *metrics):
+                assert two[metric] == pytest.approx(one[metric], rel=5e-5, abs=5e-6), (name, step, metric)
     exact = [line["loss"] for line in lines["zero3"]["steps"]]
     for name in ("zero3 bf16", "zero3 bf16 store"):
         assert [line["loss"] for line in lines[name]["steps"]] == pytest.approx(exact, rel=2e-2)

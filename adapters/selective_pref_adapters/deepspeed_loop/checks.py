@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,8 +20,7 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
-from selective_pref_adapters.model_checks import check_no_auxiliary_loss, check_savable, check_trainable
-from selective_pref_adapters.objectives import NEEDS_REFERENCE, check_objective, make_objective, unread
+from selective_pref_adapters.objectives import make_objective, needs_reference, unread
 from selective_pref_adapters.options import LossOptions, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
 
@@ -32,20 +30,19 @@ def check_config(config: TrainConfig) -> None:
 
     β, ratio, pool, ties, γ and label smoothing are checked by the loss itself, on a pair of one token.
     """
-    objective = configured_objective(config)
-    needs_reference = config.objective in NEEDS_REFERENCE
-    has_reference = [config.ref_model is not None, config.reference_store is not None]
-    has_scorer = [config.scoring_ref_model is not None, config.scoring_reference_store is not None]
-    if needs_reference and not any(has_reference):
+    reads_reference = needs_reference(configured_objective(config))
+    reference = [config.ref_model is not None, config.reference_store is not None]
+    scoring_reference = [config.scoring_ref_model is not None, config.scoring_reference_store is not None]
+    if reads_reference and not any(reference):
         raise ValueError(
             f"objective {config.objective!r} compares the policy with a reference: give ref_model (the stronger the "
             "better; the policy's own start is legal but teaches little below ratio 1) or a reference_store"
         )
-    if not needs_reference and any(has_reference):
+    if not reads_reference and any(reference):
         raise ValueError(f"objective {config.objective!r} reads no reference: leave ref_model and reference_store out")
-    if all(has_reference) or all(has_scorer):
+    if all(reference) or all(scoring_reference):
         raise ValueError("give a reference as a model or as a store of its log-probs, not both")
-    if any(has_scorer) and config.objective != "selective_dpo":
+    if any(scoring_reference) and config.objective != "selective_dpo":
         raise ValueError(f"objective {config.objective!r} scores no tokens: leave the scoring reference out")
     for space, store in (
         ("reference_space", "reference_store"),
@@ -77,7 +74,6 @@ def check_config(config: TrainConfig) -> None:
     further_settings(config)
     pairs_per_step(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_hardware(config)
-    check_objective(objective, reference=needs_reference)
 
 
 def check_hardware(config: TrainConfig) -> None:
@@ -128,17 +124,6 @@ def usable_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
     return folder
-
-
-def check_policy(policy: torch.nn.Module, tokenizer: Any) -> list[str]:
-    """What can be known of the policy before it is trained; returns what a reader should know.
-
-    Raises:
-        ValueError: nothing of it would learn, it asks for a loss that is not added here, or it could not be saved.
-    """
-    check_trainable(policy)
-    check_no_auxiliary_loss(policy)
-    return check_savable(policy, tokenizer)
 
 
 def warm_up_note(config: TrainConfig, steps: int) -> list[str]:

@@ -9,6 +9,8 @@ import torch
 
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER
 from selective_pref_adapters.models import check_token_ids
+from selective_pref_adapters.named_losses import check_pair_weights, weights_line
+from selective_pref_adapters.objectives import CHOSEN_ONLY
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import (
     PreferenceRow,
@@ -33,11 +35,12 @@ def load_pairs(
             notes.append("this CPU has no instructions for bfloat16: it is emulated, and slower than float32")
     malformed: list[str] | None = [] if config.skip_malformed_rows else None
     columns = parse_columns(config.columns)
-    rows = read_rows(config.pairs, malformed, columns=columns, notes=notes)
+    how: dict[str, Any] = {"columns": columns, "notes": notes, "chosen_only": config.objective in CHOSEN_ONLY}
+    rows = read_rows(config.pairs, malformed, **how)
     if config.eval_pairs is None:
         rows, eval_rows = split_by_prompt(rows, config.eval_fraction, config.seed)
     else:
-        eval_rows = read_rows(config.eval_pairs, malformed, columns=columns, notes=notes)
+        eval_rows = read_rows(config.eval_pairs, malformed, **how)
         seen = {row.prompt_key for row in rows}
         if common := sum(row.prompt_key in seen for row in eval_rows):
             notes.append(f"{common} of {len(eval_rows)} evaluation rows have a prompt that is trained on")
@@ -57,6 +60,9 @@ def load_pairs(
         except ValueError as error:
             raise ValueError(f"{which} pairs: {error}") from error
         notes.extend(f"{which}: {line}" for line in report.lines())
+        weights = [pair.weight for pair in pairs]
+        check_pair_weights(weights, config.loss_type, f"{which} pairs")
+        notes.extend(f"{which}: {line}" for line in weights_line(weights))
         return pairs
 
     train_pairs, eval_pairs = tokenized("training", rows), tokenized("evaluation", eval_rows) if eval_rows else []

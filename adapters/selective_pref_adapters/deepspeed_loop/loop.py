@@ -25,7 +25,6 @@ from transformers.utils.logging import disable_progress_bar
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.deepspeed_loop.checks import (
     check_config,
-    check_policy,
     check_space,
     configured_objective,
     image_note,
@@ -56,7 +55,6 @@ from selective_pref_adapters.deepspeed_loop.resume import (
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog, write_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
     evaluation_batches,
-    first_pairs,
     make_order,
     number_of_steps,
     pair_length,
@@ -73,7 +71,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
     metrics_of_step,
 )
 from selective_pref_adapters.heads import model_per_token_logps
-from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.model_checks import check_padding, check_policy
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
@@ -82,9 +80,9 @@ from selective_pref_adapters.monitoring import (
     mean_over_pairs,
     non_finite_error,
 )
-from selective_pref_adapters.objectives import loss_of_batch, selects
+from selective_pref_adapters.objectives import CHOSEN_ONLY, loss_of_batch, selects
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate, pair_weights
 from selective_pref_adapters.reference_store import ReferenceStore
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
 
@@ -97,14 +95,19 @@ class Run:
     engine: Any
     scheduler: Any
     objective: Objective
-    anchor: Reference | None
-    scorer: Reference | None
+    reference: Reference | None
+    scoring_reference: Reference | None
     pad_token_id: int
     rank: int
     world_size: int
     console: Console
     pictures: Pictures
     progress: Progress
+
+    @property
+    def chosen_only(self) -> bool:
+        """Whether the pairs have no rejected side, as in supervised training."""
+        return self.config.objective in CHOSEN_ONLY
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -127,11 +130,11 @@ def train(config: TrainConfig) -> TrainResult:
 
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, dtype=config.dtype)
-    anchor = open_reference(config, tokenizer, config.ref_model, config.reference_store, config.reference_space)
-    scorer = open_reference(
+    reference = open_reference(config, tokenizer, config.ref_model, config.reference_store, config.reference_space)
+    scoring_reference = open_reference(
         config, tokenizer, config.scoring_ref_model, config.scoring_reference_store, config.scoring_reference_space
     )
-    sources = {"reference": anchor, "scoring reference": scorer}
+    sources = {"reference": reference, "scoring reference": scoring_reference}
     models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
     stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
     notes = check_policy(policy, tokenizer)
@@ -141,7 +144,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_pairs([*train_pairs, *eval_pairs], models, stores.values())
     notes += about_pairs
     if config.objective == "selective_dpo" and selects(config.selection_ratio, config.min_score):
-        notes += [SELF_REFERENCE] if is_initial_policy(scorer or anchor, policy) else []
+        notes += [SELF_REFERENCE] if is_initial_policy(scoring_reference or reference, policy) else []
     per_step = pairs_per_step(config, world_size)
     steps = number_of_steps(config, len(train_pairs), per_step)
     check_space(output_dir, policy, steps, config)
@@ -160,8 +163,8 @@ def train(config: TrainConfig) -> TrainResult:
         engine=engine,
         scheduler=scheduler,
         objective=configured_objective(config),
-        anchor=anchor,
-        scorer=scorer,
+        reference=reference,
+        scoring_reference=scoring_reference,
         pad_token_id=pad_token_id(tokenizer),
         rank=rank,
         world_size=world_size,
@@ -233,7 +236,7 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
         out = losses_of(run, pairs)
         if finite_everywhere(out.losses):
             engine.backward(out.loss)
-            progress.window.append(diagnostics(out))
+            progress.window.append(diagnostics(out, chosen_only=run.chosen_only))
         else:
             leave_out(run.config, run.console, non_finite_error(out, f"step {step}", places(pairs)))
             progress.skipped_batches += 1
@@ -247,12 +250,20 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
 
 
 def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None) -> PreferenceLoss:
-    """Token ids of a batch → log-probs of policy and references → losses of its first `count` pairs (None: of all)."""
+    """Token ids of a batch → log-probs of policy and references → losses.
+
+    Args:
+        run: with the models.
+        pairs: the batch.
+        count: how many of the pairs, the first ones, are read by the loss; None or 0 for all.
+    """
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
-    logps += [None if reference is None else reference(batch) for reference in (run.anchor, run.scorer)]
-    batch = {name: first_pairs(tensor, count) for name, tensor in batch.items()}
-    return loss_of_batch(run.objective, batch, *(None if some is None else first_pairs(some, count) for some in logps))
+    logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
+    counted = None if count is None else torch.arange(len(pairs)) < count
+    weights = pair_weights(pairs)
+    weights = None if weights is None else weights.to(run.engine.device)
+    return loss_of_batch(run.objective, batch, *logps, pair_weights=weights, chosen_only=run.chosen_only, pairs=counted)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:
@@ -268,9 +279,9 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
     seen: list[tuple[dict[str, torch.Tensor], int]] = []
     with torch.no_grad():
         for pairs, count in batches:
-            out = losses_of(run, pairs, max(count, 1))
+            out = losses_of(run, pairs, count)
             if finite_everywhere(out.losses):
-                seen.append((diagnostics(out), count))
+                seen.append((diagnostics(out, chosen_only=run.chosen_only), count))
             else:
                 where = f"evaluation after step {run.progress.step}"
                 leave_out(run.config, run.console, non_finite_error(out, where, places(pairs)))

@@ -43,5 +43,5 @@ class Pictures:
 
     def _shown(self, read: Sequence[PreferenceLoss]) -> Iterator[ShownPair]:
         for pairs, out in zip(self.batches, read, strict=True):
-            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs if pair.rejected_ids]
             yield from shown_pairs(out, ids, self._tokenizer, places=places(pairs))

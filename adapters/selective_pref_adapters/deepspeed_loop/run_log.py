@@ -157,7 +157,7 @@ def write_summary(config: TrainConfig, output_dir: Path, summary: dict[str, Any]
     if after:
         console.print(table)
     ratio = config.selection_ratio if config.objective == "selective_dpo" else 1.0
-    sentences = [] if config.objective == "sft" else verdict(lines, selection_ratio=ratio).sentences
+    sentences = verdict(lines, selection_ratio=ratio).sentences
     selected = after.get("eval_selection/rewards/margins")
     if config.objective == "selective_dpo" and selected is not None and selected < 0:
         sentences.append(

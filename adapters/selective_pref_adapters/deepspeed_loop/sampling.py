@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -109,17 +110,11 @@ def evaluation_batches(
     """
     own = list(pairs[rank::world_size])
     rows = math.ceil(len(pairs) / world_size)
-    filled = [*own, *[FILLER] * (rows - len(own))]
+    filler = FILLER if pairs[0].rejected_ids else FILLER.chosen_only()
+    filler = filler if pairs[0].weight is None else replace(filler, weight=1.0)
+    filled = [*own, *[filler] * (rows - len(own))]
     starts = range(0, rows, size)
     return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]
-
-
-def first_pairs(stacked: torch.Tensor, count: int | None) -> torch.Tensor:
-    """The rows of the first `count` pairs of a stacked tensor [2B …], chosen rows first; all of them for None."""
-    pairs = stacked.shape[0] // 2
-    if count is None or count == pairs:
-        return stacked
-    return torch.cat([stacked[:count], stacked[pairs : pairs + count]])
 
 
 def pair_length(pair: TokenizedPair) -> int:

@@ -14,16 +14,12 @@ from transformers import Trainer
 
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
-from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, SelectivePreferenceLoss
-from selective_pref_adapters.model_checks import (
-    check_no_auxiliary_loss,
-    check_reloadable,
-    check_savable,
-    check_trainable,
-)
+from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, NO_REJECTED, SelectivePreferenceLoss
+from selective_pref_adapters.model_checks import check_policy, check_reloadable
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
 from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
-from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.named_losses import check_pair_weights, weights_line
+from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, as_names
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
@@ -68,6 +64,10 @@ def check_trainer(trainer: Trainer) -> None:
             "an IterableDataset on several processes is dispatched, which tears pairs apart: set "
             "accelerator_config={'dispatch_batches': False}",
         ),
+        (
+            collator.chosen_only and isinstance(loss.objective, str) and loss.objective not in CHOSEN_ONLY,
+            NO_REJECTED.format(objective=loss.objective),
+        ),
         (args.use_liger_kernel, "use_liger_kernel replaces the forward that the fused head stands in: set it to False"),
         (
             trainer.compute_metrics is not None,
@@ -83,32 +83,19 @@ def check_trainer(trainer: Trainer) -> None:
         if wrong:
             raise ValueError(message)
     check_references(trainer)
-    check_policy(trainer)
-
-
-def check_policy(trainer: Trainer) -> None:
-    """Raises ValueError at a policy that would learn nothing, could not be saved, or lose a part of its loss."""
-    check_trainable(trainer.model)
-    if trainer.compute_loss_func.reads_reference and has_dropout(trainer.model):
-        logger.warning("%s", _DROPOUT)
-    check_no_auxiliary_loss(trainer.model)
-    for note in check_savable(trainer.model, trainer.processing_class):
+    notes = check_policy(trainer.model, trainer.processing_class)
+    for note in [_DROPOUT] * (loss.reads_reference and has_dropout(trainer.model)) + notes:
         logger.warning("%s", note)
-    if trainer.args.load_best_model_at_end:
+    if args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")
-
-
-def check_resumable(trainer: Trainer) -> None:
-    """Raises ValueError where the `Trainer` has not loaded all weights of the checkpoint that it goes on from."""
-    check_reloadable(trainer, "resume_from_checkpoint")
 
 
 def check_references(trainer: Trainer) -> None:
     """Raises ValueError unless there is exactly one reference where the objective reads one."""
     loss, stores = trainer.compute_loss_func, trainer.data_collator.stores
-    for key, name in ((REF_LOGPS, "ref"), (SCORING_REF_LOGPS, "scoring_ref")):
-        given = [option for option in (f"{name}_store",) if option in stores]
-        given += [f"{name}_model"] if key in loss.references else []
+    for key, prefix in ((REF_LOGPS, ""), (SCORING_REF_LOGPS, "scoring_")):
+        given = [option for option in (f"{prefix}reference_store",) if option in stores]
+        given += [f"{prefix}ref_model"] if key in loss.references else []
         if len(given) > 1:
             raise ValueError(f"both {given[0]} and {given[1]} are given: leave one of them out")
         if given and not loss.reads_reference:
@@ -139,11 +126,20 @@ def check_schedules(loss: SelectivePreferenceLoss, schedules: Mapping[str, Sched
             loss.check(**{name: value})
 
 
-def check_rows(name: str, dataset: Any, collator: PreferenceCollator, models: Mapping[str, Any]) -> None:
-    """Raises where a row is no pair, is longer or has other ids than a model can read, or is not in a store."""
+def check_rows(
+    name: str, dataset: Any, collator: PreferenceCollator, loss: SelectivePreferenceLoss, models: Mapping[str, Any]
+) -> None:
+    """Raises where a row is no pair, is longer or has other ids than a model can read, or is not in a store.
+
+    Raises also where rows have weights that their losses cannot be multiplied by.
+    """
     pairs = collator.pairs(dataset, name)
     if not pairs:
         raise ValueError(f"{name} is empty")
+    weights = [pair.weight for pair in pairs]
+    check_pair_weights(weights, as_names(loss.options["loss_type"]), name)
+    for line in weights_line(weights):
+        logger.info("%s: %s", name, line)
     longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
     for who, model in models.items():

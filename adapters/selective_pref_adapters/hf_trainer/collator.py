@@ -17,18 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
-from selective_pref_adapters.models import pad_token_id, usable_length
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
+from selective_pref_adapters.models import pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
-from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
+from selective_pref_adapters.pairs import (
+    Columns,
+    RowError,
+    TokenizedPair,
+    Tokenizer,
+    checked_weight,
+    collate,
+    pair_weights,
+    preference_row,
+    tokenize_pairs,
+)
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
-_SPANS = ("chosen_unscored", "rejected_unscored")
+_SPANS = ("chosen_uncounted", "rejected_uncounted")
 
 
 class PreferenceLabels(dict[str, Any]):
-    """The `labels` of a batch: its three tensors [2B T+1], stored reference log-probs as bits, and the rows' places.
+    """The `labels` of a batch: its three tensors [2B T+1], stored log-probs and weights as bits, and the rows' places.
 
     The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one per
     pair.
@@ -44,7 +54,12 @@ class PreferenceLabels(dict[str, Any]):
     @property
     def pairs(self) -> int:
         """B."""
-        return self["completion_mask"].shape[0] // 2
+        return self["places"].shape[0]
+
+    @property
+    def chosen_only(self) -> bool:
+        """Whether the batch has no rejected rows: B rows instead of 2B."""
+        return self["completion_mask"].shape[0] == self.pairs
 
     @property
     def places(self) -> list[str]:
@@ -64,26 +79,31 @@ class PreferenceCollator:
     """Pairs → one batch, chosen rows first, padded on the right: ``Trainer(data_collator=PreferenceCollator(tok))``.
 
     It takes `TokenizedPair`s, dicts with the same fields (a `datasets.Dataset` of them), or raw rows of any schema that
-    `preference_row` reads, which it tokenises as `tokenize_pairs` does.
+    `preference_row` reads, which it tokenises as `tokenize_pairs` does. For supervised training (objective "sft") it
+    leaves the rejected sides out, and rows of a prompt and one answer will do: the batch then has B rows.
 
     Attributes:
         tokenizer: the policy's.
         max_length: tokens of prompt + completion of a raw row; None for what policy and references can read, at most
             the paper's 4096. `SelectionCallback` sets it, and refuses more than they can read.
         truncation_mode: of raw rows, as in `tokenize_pairs`.
-        ref_store: where stored reference log-probs are looked up; None for a reference that runs beside the policy.
-        scoring_ref_store: likewise of a reference that scores tokens (Eq. 6), where it is another than the anchor.
+        columns: of raw rows, as in `preference_row`: ``{"prompt": "question", "chosen": "answer", ...}``.
+        reference_store: where stored reference log-probs are looked up; None for a reference that runs.
+        scoring_reference_store: likewise, of a second reference from which scores are made (Eq. 6).
         share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
             heads and the models allow it; `off` does not.
+        chosen_only: leave rejected sides out; `SelectionCallback` sets it beside objective "sft".
         fused_head: whether to ask the model for log-probs instead of logits; `SelectionCallback` sets it.
     """
 
     tokenizer: Tokenizer
     max_length: int | None = None
     truncation_mode: Truncation = "keep_start"
-    ref_store: ReferenceStore | None = None
-    scoring_ref_store: ReferenceStore | None = None
+    columns: Columns | None = field(default=None, kw_only=True)
+    reference_store: ReferenceStore | None = None
+    scoring_reference_store: ReferenceStore | None = None
     share_prefix: SharePrefix = "auto"
+    chosen_only: bool = False
     fused_head: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -96,22 +116,14 @@ class PreferenceCollator:
                 )
             store.check_tokenizer(self.tokenizer)
 
-    def set_max_length(self, models: Mapping[str, Any]) -> None:
-        """Sets `max_length` where it was left open, to what all models can read, at most the paper's 4096.
-
-        Raises:
-            ValueError: `max_length` is more than a model can read.
-        """
-        self.max_length = usable_length(self.max_length, models)
-
     @property
     def stores(self) -> dict[str, ReferenceStore]:
         """The stores that there are, by name."""
-        both = {"ref_store": self.ref_store, "scoring_ref_store": self.scoring_ref_store}
+        both = {"reference_store": self.reference_store, "scoring_reference_store": self.scoring_reference_store}
         return {name: store for name, store in both.items() if store is not None}
 
     def __call__(self, rows: Iterable[Any]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask` [2B T+1] for the model, and `labels` for the loss.
+        """`input_ids`, `attention_mask` [2B T+1] (or [B T+1], see `chosen_only`) for the model, `labels` for the loss.
 
         Raises:
             RowError, TypeError: a row is no preference pair, or nothing of it is left to train on.
@@ -120,7 +132,9 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
-        for key, store in ((REF_LOGPS, self.ref_store), (SCORING_REF_LOGPS, self.scoring_ref_store)):
+        if (weights := pair_weights(pairs)) is not None:
+            labels[PAIR_WEIGHTS] = to_bits(weights)
+        for key, store in ((REF_LOGPS, self.reference_store), (SCORING_REF_LOGPS, self.scoring_reference_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
@@ -131,6 +145,10 @@ class PreferenceCollator:
         return [self._pair(row, f"{name}, row {number}") for number, row in enumerate(rows)]
 
     def _pair(self, row: Any, place: str) -> TokenizedPair:
+        pair = self._tokenized(row, place)
+        return pair.chosen_only() if self.chosen_only else pair
+
+    def _tokenized(self, row: Any, place: str) -> TokenizedPair:
         if isinstance(row, TokenizedPair):
             return row
         if not isinstance(row, Mapping):
@@ -139,13 +157,15 @@ class PreferenceCollator:
                 f"{', '.join(_IDS)}); got {type(row).__name__}"
             )
         place = str(row.get("place", place))
-        if set(_IDS) <= row.keys():
+        given = {"rejected_ids": [], "rejected_prompt_length": 0, **row} if self.chosen_only else row
+        if set(_IDS) <= given.keys():
             spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
-            return TokenizedPair(**{name: row[name] for name in _IDS}, **spans, place=place)
+            weight = None if row.get("weight") is None else checked_weight(row["weight"], place)
+            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place, weight=weight)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)
-        read = preference_row(dict(row), place)
+        read = preference_row(dict(row), place, self.columns, chosen_only=self.chosen_only)
         try:
             (pair,), _ = tokenize_pairs([read], self.tokenizer, max_length=limit, truncation_mode=self.truncation_mode)
         except ValueError as error:

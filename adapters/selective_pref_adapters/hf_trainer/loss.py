@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
 from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import (
     MetricWindow,
@@ -30,6 +30,7 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.named_losses import check_name
 from selective_pref_adapters.objectives import (
+    CHOSEN_ONLY,
     check_objective,
     loss_of_batch,
     make_objective,
@@ -42,7 +43,11 @@ from selective_pref_adapters.references import AdapterOffReference, RunningRefer
 DISTANCE = "distance"  # of policy and reference; read by `SelectionCallback`, not logged
 NO_REFERENCE = (
     "objective {objective!r} compares the policy with a reference, and there is none: give "
-    "SelectivePreferenceLoss(ref_model=...) or PreferenceCollator(ref_store=...)"
+    "SelectivePreferenceLoss(ref_model=...) or PreferenceCollator(reference_store=...)"
+)
+NO_REJECTED = (
+    "objective {objective!r} compares two answers, and the pairs have no rejected side: give pairs (and leave "
+    "PreferenceCollator(chosen_only=True) out), or objective 'sft'"
 )
 
 
@@ -55,8 +60,8 @@ class SelectivePreferenceLoss:
     Args:
         objective: "selective_dpo", "dpo", "simpo", "sft", or any callable (chosen, rejected) → PreferenceLoss.
         ref_model: a reference that runs beside the policy: a model with the same tokenizer, or the policy itself where
-            it is a PEFT model (its adapters are then switched off). None where the collator has a `ref_store`.
-        scoring_ref_model: a reference that scores tokens (Eq. 6), where it is another than the one that anchors.
+            it is a PEFT model (its adapters are then switched off). None where the collator has a `reference_store`.
+        scoring_ref_model: a second reference from which scores are made (Eq. 6), while the first anchors the reward.
         non_finite: "raise" stops on every process, before the gradient reaches the weights, when a loss is not finite;
             "skip" leaves the pairs out whose *reference* is broken and counts them. A broken policy always raises.
         options: the fields of `LossOptions` (beta, selection_ratio, …) that are not to have their defaults;
@@ -164,59 +169,68 @@ class SelectivePreferenceLoss:
             total = out.losses.sum() if kept.any() else 0.0 * logps.sum()
             return total / num_items_in_batch
         losses = out.losses.new_zeros(labels.pairs)
-        losses[torch.from_numpy(kept)] = out.losses if kept.any() else losses[:0]
-        counted = torch.from_numpy(kept & self._own(labels)).to(losses.device)
+        losses[kept] = out.losses if kept.any() else losses[:0]
+        counted = (kept & self._own(labels)).to(losses.device)
         return labels.pairs * evaluation_mean(losses, counted) / num_items_in_batch
 
-    def preferences(self, logps: Tensor, labels: PreferenceLabels) -> tuple[PreferenceLoss, np.ndarray]:
+    def preferences(self, logps: Tensor, labels: PreferenceLabels) -> tuple[PreferenceLoss, Tensor]:
         """The losses of a batch's pairs; adds their metrics to the window.
 
         Evaluations (no gradient) use the numbers at the end of the schedules. In the last batch of an evaluation over
         several processes, pairs that were repeated to fill it up are not in the metrics.
 
         Returns:
-            The losses of the kept pairs (of all, if none is), and which pairs of the batch were kept: bool [B].
+            The losses of the kept pairs (of all, if none is), and which pairs of the batch were kept: bool [B] on the
+            CPU.
         """
         training = torch.is_grad_enabled()
         refs = {key: ref_logps_of(labels, key, self.references.get(key)) for key in (REF_LOGPS, SCORING_REF_LOGPS)}
+        if labels.chosen_only and isinstance(self.objective, str) and self.objective not in CHOSEN_ONLY:
+            raise ValueError(NO_REJECTED.format(objective=self.objective))
         if refs[REF_LOGPS] is None and self.reads_reference:
             raise ValueError(NO_REFERENCE.format(objective=self.objective))
         objective = self._bound(**(self.numbers if training else self.evaluation_numbers))
 
-        def losses_of(pairs: np.ndarray) -> PreferenceLoss:
-            chosen = np.flatnonzero(pairs) if pairs.any() else np.arange(len(pairs))
-            rows: Any = torch.from_numpy(np.concatenate([chosen, chosen + len(pairs)])).to(logps.device)
-            rows = slice(None) if pairs.all() else rows
-            some = [None if ref is None else ref[rows] for ref in refs.values()]
-            return loss_of_batch(objective, {"completion_mask": labels["completion_mask"][rows]}, logps[rows], *some)
-
-        kept = np.ones(labels.pairs, dtype=bool)
-        out = losses_of(kept)
+        losses_of = partial(
+            loss_of_batch,
+            objective,
+            labels,
+            logps,
+            *refs.values(),
+            pair_weights=from_bits(labels[PAIR_WEIGHTS]) if PAIR_WEIGHTS in labels else None,
+            chosen_only=labels.chosen_only,
+        )
+        kept = torch.ones(labels.pairs, dtype=torch.bool)
+        out = losses_of()
         if not finite_everywhere(out.losses):
             mask = labels["completion_mask"][:, 1:] != 0
             if self.non_finite == "raise" or not finite_everywhere(logps.detach().masked_fill(~mask, 0.0)):
                 raise non_finite_error(out, self.where if training else f"evaluation at {self.where}", labels.places)
-            kept = torch.isfinite(out.losses.detach()).cpu().numpy()
-            out = losses_of(kept)
+            kept = torch.isfinite(out.losses.detach()).cpu()
+            out = losses_of(pairs=kept)
         if self.windows is not None:
             own = self._own(labels)
-            seen = out if own.all() else losses_of(kept & own)
+            seen = out if own.all() else losses_of(pairs=kept & own)
             window = self.windows["train" if training else "eval"]
-            window.add(self._metrics(seen), pairs=int((kept & own).sum()), left_out=int((~kept & own).sum()))
+            window.add(
+                self._metrics(seen, labels.chosen_only),
+                pairs=int((kept & own).sum()),
+                left_out=int((~kept & own).sum()),
+            )
         return out, kept
 
-    def _own(self, labels: PreferenceLabels) -> np.ndarray:
-        """Which pairs of a batch are this process's own: bool [B]."""
+    def _own(self, labels: PreferenceLabels) -> Tensor:
+        """Which pairs of a batch are this process's own: bool [B] on the CPU."""
         own = labels.pairs if torch.is_grad_enabled() else own_pairs(labels.pairs)
-        return np.arange(labels.pairs) < own
+        return torch.arange(labels.pairs) < own
 
-    def _metrics(self, out: PreferenceLoss) -> dict[str, Tensor]:
+    def _metrics(self, out: PreferenceLoss, chosen_only: bool) -> dict[str, Tensor]:
         """`diagnostics`, and how far policy and reference are apart: the mean |log-ratio| of a token."""
         if not self.reads_reference:
-            return diagnostics(out)
+            return diagnostics(out, chosen_only=chosen_only)
         mask = torch.cat([out.chosen.mask.flatten(), out.rejected.mask.flatten()])
         ratios = torch.cat([out.chosen.log_ratios.flatten(), out.rejected.log_ratios.flatten()])
-        return {**diagnostics(out), DISTANCE: ratios.abs().sum() / mask.sum().clamp(min=1)}
+        return {**diagnostics(out, chosen_only=chosen_only), DISTANCE: ratios.abs().sum() / mask.sum().clamp(min=1)}
 
 
 def logps_of(outputs: Any, labels: Mapping[str, Any]) -> Tensor:
@@ -253,7 +267,7 @@ def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> An
     """A reference made ready as the `Trainer` makes the policy ready: on its device, in its precision, sharded like it.
 
     Policy and reference must differ by their weights only. Under `bf16=True` the policy runs in autocast, or DeepSpeed
-    casts its weights; a reference that did not would be scored by other numbers.
+    casts its weights; a reference that did not would compute other log-probs from equal weights.
     """
     accelerator = trainer.accelerator
     if not trainer.is_deepspeed_enabled:

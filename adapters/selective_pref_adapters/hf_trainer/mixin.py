@@ -22,7 +22,7 @@ class SelectivePreferenceMixin:
     Args:
         preference_loss: the loss, with `ref_model` unless there is a store; default: Selective-DPO as in the paper.
         selection_callback: schedules, patience, pictures; default: none of them, but metrics and warnings.
-        ref_store: stored reference log-probs, for the collator that is made where none is given.
+        reference_store: stored reference log-probs, for the collator that is made where none is given.
         data_collator: a `PreferenceCollator`; default: one of `processing_class`, the tokenizer.
         callbacks, processing_class and all others: as `Trainer` takes them.
 
@@ -35,7 +35,7 @@ class SelectivePreferenceMixin:
         *args: Any,
         preference_loss: SelectivePreferenceLoss | None = None,
         selection_callback: SelectionCallback | None = None,
-        ref_store: ReferenceStore | None = None,
+        reference_store: ReferenceStore | None = None,
         data_collator: Any = None,
         callbacks: list[Any] | None = None,
         processing_class: Any = None,
@@ -44,9 +44,9 @@ class SelectivePreferenceMixin:
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("give data_collator=PreferenceCollator(tokenizer), or processing_class=tokenizer")
-            data_collator = PreferenceCollator(processing_class, ref_store=ref_store)
-        elif ref_store is not None:
-            raise ValueError("give the store to the collator: PreferenceCollator(tokenizer, ref_store=...)")
+            data_collator = PreferenceCollator(processing_class, reference_store=reference_store)
+        elif reference_store is not None:
+            raise ValueError("give the store to the collator: PreferenceCollator(tokenizer, reference_store=...)")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("the loss is called preference_loss here: leave compute_loss_func out")
         own = [callback for callback in callbacks or [] if isinstance(callback, SelectionCallback)]

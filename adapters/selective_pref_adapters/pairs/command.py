@@ -12,9 +12,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from selective_pref_adapters.models import load_config, load_tokenizer, usable_length
 from selective_pref_adapters.options import RowsConfig
 from selective_pref_adapters.pairs import (
     EncodedRow,
@@ -26,7 +26,6 @@ from selective_pref_adapters.pairs import (
     scan_rows,
 )
 
-LONGEST = 4096  # the paper's
 _SHOWN_TOKENS = 48
 """Tokens of one side of a row that are written out as text; of more, the middle is left out."""
 
@@ -64,12 +63,14 @@ def show_rows(config: RowsConfig) -> int:
     if config.max_length is not None and config.max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens; got {config.max_length}")
     tokenizer = load_tokenizer(config.tokenizer)
-    length = config.max_length or default_length(config.tokenizer, tokenizer)
+    model = load_config(config.tokenizer)
+    length = config.max_length or usable_length(None, {} if model is None else {"policy": model})
     notes: list[str] = []
     found = look_at_rows(config, tokenizer, length, notes)
     everything = {
         "pairs": config.pairs,
         "tokenizer": config.tokenizer,
+        "objective": config.objective,
         "max_length": length,
         "truncation_mode": config.truncation_mode,
         "notes": notes,
@@ -80,27 +81,6 @@ def show_rows(config: RowsConfig) -> int:
     return 0 if found.report.kept else 1
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        where = "the folder has none" if Path(name).exists() else "there is no such folder, nor a hub model at hand"
-        raise ValueError(f"cannot load the tokenizer of {name!r} ({where}): {error}") from error
-
-
-def default_length(name: str, tokenizer: Any) -> int:
-    """What the model beside a tokenizer can read, as far as that is known; at most 4096."""
-    limits = [LONGEST, tokenizer.model_max_length]
-    if (Path(name) / "config.json").is_file():
-        from transformers import AutoConfig
-
-        limits.append(getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", LONGEST))
-    return min(limits)
-
-
 def look_at_rows(config: RowsConfig, tokenizer: Any, length: int, notes: list[str]) -> Findings:
     """Reads and tokenises every row, and keeps what is to be said."""
     found = Findings(report=TokenizationReport(max_length=length, truncation_mode=config.truncation_mode))
@@ -109,7 +89,8 @@ def look_at_rows(config: RowsConfig, tokenizer: Any, length: int, notes: list[st
 
     def well_formed() -> Iterator[PreferenceRow]:
         columns = parse_columns(config.columns)
-        for number, row in enumerate(scan_rows(config.pairs, columns=columns, notes=notes)):
+        chosen_only = config.objective == "sft"
+        for number, row in enumerate(scan_rows(config.pairs, columns=columns, notes=notes, chosen_only=chosen_only)):
             found.report.rows += 1
             if isinstance(row, RowError):
                 malformed(number, row)
@@ -144,12 +125,9 @@ def judge(found: Findings, encoded: EncodedRow, length: int, config: RowsConfig)
     pair = encoded.pair
     if pair is None:
         return
-    for name, tokens in (
-        ("prompt", pair.chosen_prompt_length),
-        ("chosen", len(pair.chosen_ids) - pair.chosen_prompt_length),
-        ("rejected", len(pair.rejected_ids) - pair.rejected_prompt_length),
-    ):
-        found.lengths[name].append(tokens)
+    found.lengths["prompt"].append(pair.chosen_prompt_length)
+    for name, ids, _ in pair.sides():
+        found.lengths[name].append(len(ids) - pair.chosen_prompt_length)
     if reason is not None:
         found.report.left_out[reason] += 1
         found.first.setdefault(reason, encoded.row.place)
@@ -245,7 +223,8 @@ def as_text(everything: dict[str, Any]) -> Iterator[str]:
     for name, spread in summary["tokens"].items():
         if spread:
             yield f"  {name} tokens: " + ", ".join(f"{what} {count:g}" for what, count in spread.items())
-    for name in ("truncated", "duplicates", "equal_sides", "prompts_that_differ", "prompt_end_changes", "tools_unread"):
+    of_pairs = () if everything["objective"] == "sft" else ("equal_sides", "prompts_that_differ")
+    for name in ("truncated", "duplicates", *of_pairs, "prompt_end_changes", "tools_unread"):
         yield f"  {name.replace('_', ' ')}: {summary[name]}"
     for reason, what in summary["left_out"].items():
         yield f"  left out: {what['rows']}, {reason} (first: {what['first']}): {what['remedy']}"
@@ -259,7 +238,8 @@ def _row_lines(row: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{row['place']}: {row['schema']}" + (f", {row['tools']} tools" if row["tools"] else "")
     for name in ("chosen", "rejected"):
-        side = row[name]
+        if (side := row.get(name)) is None:
+            continue
         start, total = side["prompt_length"], len(side["ids"])
         special = ", ".join(f"{token} {count}" for token, count in side["special"].items()) or "none"
         cut = f"; {side['cut_off']} tokens cut off" if side["cut_off"] else ""

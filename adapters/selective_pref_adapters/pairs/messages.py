@@ -128,7 +128,7 @@ def _text(content: Any, what: str) -> str:
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RowError(f"{what} must hold text content; got a part of type {kind!r}, and only text is scored")
+            raise RowError(f"{what} must hold text content; got a part of type {kind!r}, and only text is trained on")
     return "".join(part["text"] for part in content)
 
 

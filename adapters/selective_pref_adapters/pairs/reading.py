@@ -15,7 +15,11 @@ from selective_pref_adapters.pairs.schemas import Columns, preference_row
 
 
 def scan_rows(
-    source: str | Path, *, columns: Columns | None = None, notes: list[str] | None = None
+    source: str | Path,
+    *,
+    columns: Columns | None = None,
+    notes: list[str] | None = None,
+    chosen_only: bool = False,
 ) -> Iterator[PreferenceRow | RowError]:
     """Every row of a source, or in its place the error that says why it is none. Arguments as in `read_rows`."""
     for place, value in raw_rows(source, [] if notes is None else notes):
@@ -23,7 +27,7 @@ def scan_rows(
             yield value
             continue
         try:
-            yield preference_row(value, place, columns)
+            yield preference_row(value, place, columns, chosen_only=chosen_only)
         except RowError as error:
             yield error
 
@@ -34,6 +38,7 @@ def read_rows(
     *,
     columns: Columns | None = None,
     notes: list[str] | None = None,
+    chosen_only: bool = False,
 ) -> list[PreferenceRow]:
     """The preference rows of a file, a folder or a data set of the hub.
 
@@ -45,6 +50,7 @@ def read_rows(
             are then left out.
         columns: see `preference_row`.
         notes: a list that collects what was read by which schema, and what was not read.
+        chosen_only: for supervised training, see `preference_row`.
 
     Raises:
         FileNotFoundError: nothing is at `source`.
@@ -53,7 +59,7 @@ def read_rows(
     """
     rows: list[PreferenceRow] = []
     wrong = 0
-    for row in scan_rows(source, columns=columns, notes=notes):
+    for row in scan_rows(source, columns=columns, notes=notes, chosen_only=chosen_only):
         if isinstance(row, PreferenceRow):
             rows.append(row)
         elif malformed is None:

@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 
 from selective_pref_adapters.pairs.collate import Spans
 from selective_pref_adapters.pairs.rows import Messages, PreferenceRow, Prose, RowError
-from selective_pref_adapters.pairs.turns import TEMPLATE_ERRORS, unscored_spans
+from selective_pref_adapters.pairs.turns import TEMPLATE_ERRORS, other_turns
 
 Tokenizer: TypeAlias = Any  # a transformers.PreTrainedTokenizerBase
 
 
 class Rendering:
-    """A tokenizer's ways: how rows become text, and text ids."""
+    """How one tokenizer turns rows into text, and text into ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -26,10 +26,10 @@ class Rendering:
         end = re.escape(self.eos or "")
         self._repeated = re.compile(rf"(?:{end}\s*)+({end}\s*)\Z") if end else None
 
-    def texts(self, row: PreferenceRow) -> tuple[str, str, str] | RowError:
-        """Prompt, prompt + chosen and prompt + rejected; or why the chat template refuses them."""
+    def texts(self, row: PreferenceRow) -> tuple[str, ...] | RowError:
+        """Prompt, prompt + chosen and prompt + rejected (if there is one); or why the chat template refuses them."""
         if isinstance(row.prompt, str):
-            return row.prompt, row.prompt + self._ended(row.chosen), row.prompt + self._ended(row.rejected)
+            return row.prompt, *(row.prompt + self._ended(answer) for answer in row.answers)
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{row.place} is a conversation, but the tokenizer has no chat template ({row.schema or 'these'} rows "
@@ -38,7 +38,7 @@ class Rendering:
             )
         try:
             prompt = self.render(row, row.prompt, add_generation_prompt=True)
-            return prompt, self._whole(row, row.chosen), self._whole(row, row.rejected)
+            return prompt, *(self._whole(row, answer) for answer in row.answers)
         except TEMPLATE_ERRORS as error:
             return RowError(
                 f"{row.place}: the chat template rejects this conversation: {error}", "refused by the chat template"
@@ -70,7 +70,7 @@ class Rendering:
         if not _is_plain(self.tokenizer):
             return [list(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
         self.tokenizer(texts[:1], **options)  # sets padding and truncation of the tokenizer within
-        # The same without the places of tokens in the text, which take half of the time and are not needed.
+        # The same without the offsets of tokens in the text, which take half of the time and are not needed.
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
@@ -92,14 +92,14 @@ class Rendering:
             bare = bare[: -len(self.eos)].rstrip()
         return bare
 
-    def unscored(self, row: PreferenceRow, side: Prose, text: str, ids: list[int], boundary: int) -> Spans | None:
-        """See `unscored_spans`."""
+    def uncounted(self, row: PreferenceRow, side: Prose, text: str, ids: list[int], boundary: int) -> Spans | None:
+        """The tokens of other speakers in a completion: see `other_turns`."""
         messages, first = [*row.prompt, *side], len(row.prompt)
 
         def render(some: Messages, **options: Any) -> Any:
             return self.render(row, some, **options)
 
-        return unscored_spans(self.tokenizer, self.template(row.tools), render, messages, first, text, ids, boundary)
+        return other_turns(self.tokenizer, self.template(row.tools), render, messages, first, text, ids, boundary)
 
     @cached_property
     def _added_end(self) -> list[int]:
@@ -125,7 +125,7 @@ class Rendering:
 
 
 def _is_plain(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer does nothing but what the `tokenizers` library within does."""
+    """Whether a tokenizer adds nothing of its own to the one of the `tokenizers` library that it wraps."""
     from transformers import PreTrainedTokenizerFast
 
     kind = type(tokenizer)

@@ -46,9 +46,10 @@ class TokenizationReport:
         truncated: kept pairs of which a side was cut.
         boundary_merged: kept pairs whose prompt ends in other tokens once a completion follows.
         tools_unread: kept pairs with tools that the chat template does not write.
-        unteachable: kept pairs that teach nothing (`keep_unteachable`).
+        unteachable: reason → how many kept pairs teach nothing (`keep_unteachable`).
         malformed: rows that the chat template refused, where that was not to be an error.
         max_length, truncation_mode: those in force.
+        unit: what is counted: "pairs", or "rows" of one answer.
     """
 
     rows: int = 0
@@ -57,39 +58,40 @@ class TokenizationReport:
     truncated: int = 0
     boundary_merged: int = 0
     tools_unread: int = 0
-    unteachable: int = 0
+    unteachable: Counter[str] = field(default_factory=Counter[str])
     malformed: int = 0
     max_length: int = 0
     truncation_mode: str = "keep_start"
+    unit: str = "pairs"
 
     def lines(self) -> list[str]:
         """One sentence for each thing worth knowing; empty where every row was kept whole."""
         lines = [
-            f"{count} of {self.rows} pairs left out: {reason} ({self.remedy(reason)})"
+            f"{count} of {self.rows} {self.unit} left out: {reason} ({self.remedy(reason)})"
             for reason, count in self.left_out.most_common()
         ]
         if self.malformed:
             lines.append(f"{self.malformed} of {self.rows} rows left out: the chat template refuses them")
         if self.truncated:
             lines.append(
-                f"{self.truncated} of {self.kept} kept pairs truncated to max_length {self.max_length} "
+                f"{self.truncated} of {self.kept} kept {self.unit} truncated to max_length {self.max_length} "
                 f"({self.truncation_mode})"
             )
         if self.boundary_merged:
             lines.append(
-                f"{self.boundary_merged} of {self.kept} kept pairs have a prompt whose last tokens change when a "
+                f"{self.boundary_merged} of {self.kept} kept {self.unit} have a prompt whose last tokens change when a "
                 "completion follows: their completion starts where the ids diverge"
             )
         if self.unteachable:
-            others = self.kept - self.unteachable
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.unteachable.most_common())
             lines.append(
-                f"{self.unteachable} of {self.kept} kept pairs have an empty completion or two equal sides: only TRL's "
-                f"own tokenisation trains on them, selective-pref train on the other {others} alone"
+                f"{self.unteachable.total()} of {self.kept} kept {self.unit} teach nothing ({reasons}): training "
+                "leaves them out, unless TRL tokenises by itself (stock_tokenization)"
             )
         if self.tools_unread:
             lines.append(
-                f"{self.tools_unread} of {self.kept} kept pairs have tools, which the chat template does not write "
-                "into the prompt: use a template that does"
+                f"{self.tools_unread} of {self.kept} kept {self.unit} have tools, which the chat template does not "
+                "write into the prompt: use a template that does"
             )
         return lines
 

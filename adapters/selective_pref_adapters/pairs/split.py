@@ -33,7 +33,10 @@ def split_pair(prompt: Prose | None, chosen: Prose, rejected: Prose, place: str)
         _check_ends(prompt, *answers, place)
         return prompt, *answers
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
+        raise RowError(
+            f"{place}: chosen and rejected must be both text or both messages; got {kinds}. Write the text as a "
+            'message, [{"role": "assistant", "content": "…"}]'
+        )
     if prompt is None:
         return _prompt_of_messages(chosen, rejected, place)
     if not _is_conversation(chosen) and not _is_conversation(rejected):
@@ -60,8 +63,7 @@ def _is_conversation(side: Messages) -> bool:
 def _check_not_repeated(prompt: str, chosen: str, rejected: str, place: str) -> None:
     if len(prompt) >= _REPEATED and chosen.startswith(prompt) and rejected.startswith(prompt):
         raise RowError(
-            f"{place}: chosen and rejected begin with the prompt, which would be read twice and trained on: cut it off "
-            "the two sides",
+            f"{place}: the answers begin with the prompt, which would be read twice and trained on: cut it off them",
             "prompt repeated in the completions",
         )
 

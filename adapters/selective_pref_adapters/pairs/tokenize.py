@@ -10,7 +10,7 @@ once: an EOS is added to text that has none, and one that a text, a template or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tqdm.auto import tqdm
@@ -65,7 +65,7 @@ class EncodedRow:
         if self.pair is None:
             return None, None
         cut = truncate(self.pair, max_length, mode)
-        for ids, mask in ((cut.chosen_ids, cut.chosen_mask), (cut.rejected_ids, cut.rejected_mask)):
+        for _, ids, mask in cut.sides():
             if not mask.any() or len(ids) < 2:
                 return None, self.reason or NO_COMPLETION
         if self.reason is None and _same(cut):
@@ -94,7 +94,7 @@ def tokenize_pairs(
         truncation_mode: "keep_start" cuts the end of what is too long (and leaves out rows whose prompt alone fills
             `max_length`); "keep_end" cuts the start.
         keep_unteachable: keep pairs with two equal sides, or with an empty one that is its EOS alone, as long as
-            completion tokens are left. TRL's own tokenisation keeps them, so whoever scores for it must have them.
+            completion tokens are left. TRL's own tokenisation keeps them, so a store for it must hold them.
         malformed: None to raise where the chat template refuses a row; or a list that collects the messages of such
             rows, which are then left out.
         progress: show a bar.
@@ -105,7 +105,8 @@ def tokenize_pairs(
             chat template although the rows are message lists.
     """
     check_truncation(max_length, truncation_mode)
-    report = TokenizationReport(rows=len(rows), max_length=max_length, truncation_mode=truncation_mode)
+    unit = "rows" if rows and rows[0].rejected is None else "pairs"
+    report = TokenizationReport(rows=len(rows), max_length=max_length, truncation_mode=truncation_mode, unit=unit)
     pairs: list[TokenizedPair] = []
     for encoded in encode_rows(rows, tokenizer, progress=progress):
         if encoded.error is not None:
@@ -119,14 +120,14 @@ def tokenize_pairs(
             report.left_out[NO_COMPLETION if keep_unteachable and reason != UNSEEN else str(reason)] += 1
             continue
         pairs.append(pair)
-        report.unteachable += reason is not None
+        report.unteachable.update([] if reason is None else [reason])
         report.truncated += pair is not encoded.pair
         report.boundary_merged += encoded.merged
         report.tools_unread += encoded.tools_unread
     report.kept = len(pairs)
     if not pairs:
         raise ValueError(
-            f"none of {len(rows)} pairs can be trained on with max_length {max_length}, {truncation_mode}: "
+            f"none of {len(rows)} {unit} can be trained on with max_length {max_length}, {truncation_mode}: "
             + "; ".join(report.lines())
         )
     return pairs, report
@@ -162,31 +163,31 @@ def truncate(pair: TokenizedPair, max_length: int, mode: Truncation) -> Tokenize
     """The pair with each side cut to a length; the pair itself where both are short enough."""
     if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
         return pair
-    chosen_ids, chosen_prompt, chosen_unscored = _cut(
-        pair.chosen_ids, pair.chosen_prompt_length, pair.chosen_unscored, max_length, mode
+    chosen_ids, chosen_prompt, chosen_uncounted = _cut(
+        pair.chosen_ids, pair.chosen_prompt_length, pair.chosen_uncounted, max_length, mode
     )
-    rejected_ids, rejected_prompt, rejected_unscored = _cut(
-        pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_unscored, max_length, mode
+    rejected_ids, rejected_prompt, rejected_uncounted = _cut(
+        pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_uncounted, max_length, mode
     )
-    return TokenizedPair(
+    return replace(
+        pair,
         chosen_ids=chosen_ids,
         rejected_ids=rejected_ids,
         chosen_prompt_length=chosen_prompt,
         rejected_prompt_length=rejected_prompt,
-        chosen_unscored=chosen_unscored,
-        rejected_unscored=rejected_unscored,
-        place=pair.place,
+        chosen_uncounted=chosen_uncounted,
+        rejected_uncounted=rejected_uncounted,
     )
 
 
 def _cut(
-    ids: list[int], prompt_length: int, unscored: Spans, max_length: int, mode: Truncation
+    ids: list[int], prompt_length: int, uncounted: Spans, max_length: int, mode: Truncation
 ) -> tuple[list[int], int, Spans]:
     if len(ids) <= max_length:
-        return ids, prompt_length, unscored
+        return ids, prompt_length, uncounted
     first = 0 if mode == "keep_start" else len(ids) - max_length
     last = first + max_length
-    spans = tuple((max(s, first) - first, min(e, last) - first) for s, e in unscored if s < last and e > first)
+    spans = tuple((max(s, first) - first, min(e, last) - first) for s, e in uncounted if s < last and e > first)
     return ids[first:last], min(max(prompt_length - first, 0), max_length), spans
 
 
@@ -198,48 +199,50 @@ def _same(pair: TokenizedPair) -> bool:
 
 
 def _encode(rows: Sequence[PreferenceRow], how: Rendering) -> Iterator[EncodedRow]:
-    texts: list[tuple[str, str, str] | RowError] = [how.texts(row) for row in rows]
+    texts: list[tuple[str, ...] | RowError] = [how.texts(row) for row in rows]
     ids: dict[bool, dict[str, list[int]]] = {}
     for chat in (False, True):
         some = dict.fromkeys(
             text
-            for row, three in zip(rows, texts, strict=True)
-            if not isinstance(three, RowError) and chat != isinstance(row.prompt, str)
-            for text in three
+            for row, parts in zip(rows, texts, strict=True)
+            if not isinstance(parts, RowError) and chat != isinstance(row.prompt, str)
+            for text in parts
         )
         ids[chat] = how.ids(list(some), chat) if some else {}
-    for row, three in zip(rows, texts, strict=True):
-        if isinstance(three, RowError):
-            yield EncodedRow(row=row, pair=None, error=three)
+    for row, parts in zip(rows, texts, strict=True):
+        if isinstance(parts, RowError):
+            yield EncodedRow(row=row, pair=None, error=parts)
         else:
             of = ids[not isinstance(row.prompt, str)]
-            yield _encoded(row, three, of, how)
+            yield _encoded(row, parts, of, how)
 
 
-def _encoded(row: PreferenceRow, texts: tuple[str, str, str], ids: dict[str, list[int]], how: Rendering) -> EncodedRow:
-    prompt, chosen, rejected = (ids[text] for text in texts)
+def _encoded(row: PreferenceRow, texts: tuple[str, ...], ids: dict[str, list[int]], how: Rendering) -> EncodedRow:
+    prompt, *sides = (ids[text] for text in texts)
     if isinstance(row.prompt, str):
-        chosen, rejected = how.one_end(chosen), how.one_end(rejected)
+        sides = [how.one_end(side) for side in sides]
         prompt = how.without_end(prompt)
-    boundary = min(_shared(prompt, chosen), _shared(prompt, rejected))
-    unscored: list[Spans] = []
+    boundary = min(_shared(prompt, side) for side in sides)
+    uncounted: list[Spans] = []
     seen = True
-    for side, text, side_ids in ((row.chosen, texts[1], chosen), (row.rejected, texts[2], rejected)):
-        spans = how.unscored(row, side, text, side_ids, boundary) if has_other_turns(side) else ()
+    for answer, text, side in zip(row.answers, texts[1:], sides, strict=True):
+        spans = how.uncounted(row, answer, text, side, boundary) if has_other_turns(answer) else ()
         seen = seen and spans is not None
-        unscored.append(((boundary, len(side_ids)),) if spans is None else spans)
+        uncounted.append(((boundary, len(side)),) if spans is None else spans)
     pair = TokenizedPair(
-        chosen_ids=chosen,
-        rejected_ids=rejected,
+        chosen_ids=sides[0],
+        rejected_ids=sides[-1],
         chosen_prompt_length=boundary,
         rejected_prompt_length=boundary,
-        chosen_unscored=unscored[0],
-        rejected_unscored=unscored[1],
+        chosen_uncounted=uncounted[0],
+        rejected_uncounted=uncounted[-1],
         place=row.place,
+        weight=row.weight,
     )
+    pair = pair.chosen_only() if row.rejected is None else pair
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)
     reason = _nothing_in(row, how) or (None if seen else UNSEEN)
-    if reason is None and "tool_calls" not in template and _calls(row.chosen, row.rejected):
+    if reason is None and "tool_calls" not in template and _calls(*row.answers):
         reason = UNWRITTEN
     if reason is None and _same(pair):
         reason = SAME_TOKENS
@@ -263,7 +266,7 @@ def _shared(prompt: list[int], ids: list[int]) -> int:
 
 def _nothing_in(row: PreferenceRow, how: Rendering) -> str | None:
     """Why the sides as they stand teach nothing."""
-    for side in (row.chosen, row.rejected):
+    for side in row.answers:
         if isinstance(side, str):
             texts = [side]
         else:

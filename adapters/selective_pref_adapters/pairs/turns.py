@@ -1,6 +1,6 @@
 """Which tokens of a completion of several turns are the assistant's.
 
-In: a conversation, where its completion begins, and a tokenizer. Out: the places of the completion that do not count,
+In: a conversation, where its completion begins, and a tokenizer. Out: the spans of the completion that do not count,
 as users and tools speak there.
 
 Where the chat template marks what is generated (`{% generation %}`), its marks are taken. Elsewhere the conversation is
@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from selective_pref_adapters.pairs.collate import Spans
+from selective_pref_adapters.pairs.collate import Spans, uncounted_spans
 from selective_pref_adapters.pairs.messages import says_something
 from selective_pref_adapters.pairs.rows import Message, Messages
 from selective_pref_adapters.pairs.split import common_prefix
@@ -34,13 +34,13 @@ def has_other_turns(completion: Any) -> bool:
     return not isinstance(completion, str) and any(message["role"] != "assistant" for message in completion)
 
 
-def unscored_spans(
+def other_turns(
     tokenizer: Any, template: str, render: Render, messages: Messages, first: int, text: str, ids: list[int], start: int
 ) -> Spans | None:
     """The tokens of a completion that are not the assistant's, or None where it cannot be told.
 
     Args:
-        tokenizer: gives the places of tokens in a text.
+        tokenizer: says where in a text each token stands.
         template: the chat template in force.
         render: applies it, with the tools and options of the row.
         messages: prompt and completion.
@@ -51,14 +51,14 @@ def unscored_spans(
     if _MARK.search(template):
         marked = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         if list(marked["input_ids"]) == ids and any(marked["assistant_masks"][start:]):
-            return _runs([not counts for counts in marked["assistant_masks"]], start)
+            return uncounted_spans(marked["assistant_masks"], start)
     answers = _answers(messages, first, text, render)
     if answers is None:
         return None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]  # without a BOS that stood there twice
+    offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]  # without a BOS that stood there twice
     answers[0] = (0, answers[0][1])  # from the first token of the completion on
-    return _runs([not any(begin < e and end > s for s, e in answers) for begin, end in places], start)
+    return uncounted_spans([any(begin < e and end > s for s, e in answers) for begin, end in offsets], start)
 
 
 def _answers(messages: Messages, first: int, text: str, render: Render) -> list[tuple[int, int]] | None:
@@ -85,16 +85,3 @@ def _answers(messages: Messages, first: int, text: str, render: Render) -> list[
             return None
         answers.append((start, end))
     return answers
-
-
-def _runs(unscored: list[bool], start: int) -> Spans:
-    """The runs of True from `start` on, as [start, end)."""
-    runs: list[tuple[int, int]] = []
-    for at in range(start, len(unscored)):
-        if not unscored[at]:
-            continue
-        if runs and runs[-1][1] == at:
-            runs[-1] = (runs[-1][0], at + 1)
-        else:
-            runs.append((at, at + 1))
-    return tuple(runs)

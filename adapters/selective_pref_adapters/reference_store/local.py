@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from selective_pref_adapters.heads import (
+    computes_rows_by_themselves,
     frozen_per_token_logps,
     install_fused_head,
     row_per_token_logps,
-    scores_rows_by_themselves,
 )
 from selective_pref_adapters.models import context_length, evaluating
 from selective_pref_adapters.reference_store.rows import Row, RowLogps
@@ -44,7 +44,7 @@ def local_logps(
     device = next(model.parameters()).device
     if device.type == "cuda":
         source, groups = frozen_per_token_logps, _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
-    elif scores_rows_by_themselves(model):
+    elif computes_rows_by_themselves(model):
         source = row_per_token_logps
         groups = chain.from_iterable(_groups(some, batch_tokens) for some in _by_prompt(rows))
     else:

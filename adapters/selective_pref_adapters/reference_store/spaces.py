@@ -54,14 +54,14 @@ class Space:
     @cached_property
     def name(self) -> str:
         """The folder's name."""
-        return space_name(self.identity, FORMAT)
+        return _space_name(self.identity, FORMAT)
 
     def __post_init__(self) -> None:
         if self.vocabulary is not None and self.identity.get("vocabulary") != vocabulary_digest(self.vocabulary):
             raise StoreError(f"the vocabulary of {self.label!r} is not the one that its identity names")
 
 
-def space_name(identity: Mapping[str, Any], version: int) -> str:
+def _space_name(identity: Mapping[str, Any], version: int) -> str:
     """The digest of an identity and of the format it is stored in: 32 hexadecimal digits."""
     return digest_of_json([version, identity])
 
@@ -187,7 +187,7 @@ def read_manifest(folder: Path) -> Space:
         raise DamagedStoreError(f"{folder} has no {MANIFEST}: {_AGAIN}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedStoreError(f"{folder / MANIFEST} is damaged: {_AGAIN}") from error
-    if space_name(identity, version) != folder.name:
+    if _space_name(identity, version) != folder.name:
         raise DamagedStoreError(f"{folder / MANIFEST} does not have the digest that names its folder: {_AGAIN}")
     if version != FORMAT:
         raise StoreError(

@@ -122,7 +122,7 @@ def page_of_pairs(
                 "prompt": _prompt(pair.prompt),
                 "loss": finite(pair.loss),
                 "c": _packed(pair.chosen),
-                "r": _packed(pair.rejected),
+                "r": None if pair.rejected is None else _packed(pair.rejected),
             }
             for pair in pairs
         ],

@@ -113,7 +113,8 @@ def run_figures(runs: Sequence[Run]) -> list[Figure]:
                     continue
                 absent = [run.name for run in runs if run.name not in series]
                 said = f"{caption} Not logged by {', '.join(absent)}." if absent else caption
-                level = math.log(2) if name == "loss" else None
+                supervised = not any(run.series(f"{prefix}rewards/margins")[0] for run in runs)
+                level = math.log(2) if name == "loss" and not supervised else None
                 file = (prefix + name).replace("/", "_")
                 drawn.append(series_figure(file, title + where, said, series, level=level, share=name in SHARES))
     series = {run.name: points for run in runs if (points := run.overlaps())[0]}
@@ -148,7 +149,8 @@ def findings(run: Run) -> list[Finding]:
         text = f"The margin of the kept tokens ends at {selected[-1]:.4g}: selection takes the tokens that look worst, "
         found.append(Finding(kind="normal", text=f"{text}so below 0 is normal. Judge by the full margin."))
     if not said.moved:
-        text = "There are no two values of rewards/margins and rewards/accuracies to compare: nothing can be concluded."
+        text = "There are no two values of rewards/margins and rewards/accuracies (of loss, in supervised training) to "
+        text += "compare: nothing can be concluded."
         found.append(Finding(kind="normal", text=text))
     return found
 
@@ -166,6 +168,8 @@ def films(run: Run) -> list[dict[str, Any]]:
     strips: list[dict[str, Any]] = []
     for number in range(min(_FILMS, *(len(visit.pairs) for visit in visits))):
         for name in ("chosen", "rejected"):
+            if any(name not in visit.pairs[number] for visit in visits):
+                continue  # supervised training reads the chosen side alone
             sides = [visit.pairs[number][name] for visit in visits]
             steps = [visit.step for visit in visits]
             place = visits[0].pairs[number].get("place", "")
@@ -197,7 +201,7 @@ def _spread(visits: Sequence[Visit]) -> list[Visit]:
 
 
 def _sides(pair: dict[str, Any]) -> list[dict[str, Any]]:
-    return [pair["chosen"], pair["rejected"]]
+    return [pair[name] for name in ("chosen", "rejected") if name in pair]
 
 
 def _weights(side: dict[str, Any]) -> list[float]:

@@ -225,8 +225,9 @@ def _visits(folder: Path, notes: list[str]) -> list[Visit]:
 
 
 def _weights(visit: Visit) -> list[tuple[list[int], list[float]]]:
-    """(ids, weights) of both sides of every pair."""
-    sides = [pair[name] for pair in visit.pairs for name in ("chosen", "rejected")]
+    """(ids, weights) of both sides of every pair; supervised training keeps the chosen one alone."""
+    names = ("chosen", "rejected")
+    sides = [pair[name] for pair in visit.pairs for name in names if name == "chosen" or name in pair]
     return [(list(side["ids"]), [weight or 0.0 for weight in side["weights"]]) for side in sides]
 
 

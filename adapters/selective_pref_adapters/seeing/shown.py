@@ -91,20 +91,21 @@ class ShownPair:
     Attributes:
         place: where it came from, as "pairs.jsonl:17".
         prompt: text of the tokens before the response.
-        chosen, rejected: its two sides.
+        chosen, rejected: its two sides; `rejected` is None in supervised training, which reads the chosen one alone.
         loss: this pair's.
     """
 
     place: str
     prompt: str
     chosen: ShownResponse
-    rejected: ShownResponse
+    rejected: ShownResponse | None
     loss: float
 
     @property
     def sides(self) -> tuple[tuple[str, ShownResponse], ...]:
-        """("chosen", …), ("rejected", …)."""
-        return ("chosen", self.chosen), ("rejected", self.rejected)
+        """("chosen", …), ("rejected", …); without a rejected side the first alone."""
+        chosen = ("chosen", self.chosen)
+        return (chosen,) if self.rejected is None else (chosen, ("rejected", self.rejected))
 
     def record(self) -> dict[str, Any]:
         """Everything as JSON takes it."""
@@ -120,7 +121,7 @@ def shown_pairs(
     Args:
         out: of B pairs.
         ids: token ids [2B T+1], chosen rows first: the batch's `input_ids`. An array, or lists; padding may be left
-            out at their ends, for a batch that is padded on the right.
+            out at their ends, for a batch that is padded on the right. [B T+1] for pairs without a rejected side.
         tokenizer: a transformers tokenizer; it turns ids into text.
         places: where each pair came from; default "pair 1", "pair 2", …
 
@@ -136,7 +137,7 @@ def shown_pairs(
         scores = [side.scores for side in sides]
     columns = [_columns(side, given) for side, given in zip(sides, scores, strict=True)]
     losses: list[float] = out.losses.tolist()
-    rows = _rows_of_ids(ids, len(losses))
+    rows = _rows_of_ids(ids, len(losses), may_lack_rejected=out.rejected.mask.shape[1] == 0)
     places = [f"pair {n + 1}" for n in range(len(losses))] if places is None else list(places)
     if len(places) != len(losses):
         raise ValueError(f"places must name each of the {len(losses)} pairs; got {len(places)}")
@@ -175,7 +176,8 @@ def shown_pairs(
         return shown, start + 1
 
     def pair(number: int) -> ShownPair:
-        (chosen, start), (rejected, _) = response(number, 0), response(number, 1)
+        chosen, start = response(number, 0)
+        rejected = response(number, 1)[0] if len(rows) > len(losses) else None
         prompt = _without_padding(rows[number][:start], pad)
         return ShownPair(
             place=places[number],
@@ -250,9 +252,10 @@ def _span(columns: dict[str, Any], number: int) -> tuple[int, list[bool]]:
     return first, mask[first:last]
 
 
-def _rows_of_ids(ids: Any, pairs: int) -> list[list[int]]:
+def _rows_of_ids(ids: Any, pairs: int, *, may_lack_rejected: bool) -> list[list[int]]:
     rows = ids.tolist() if hasattr(ids, "tolist") else [list(row) for row in _checked_rows(ids)]
-    if len(rows) != 2 * pairs or not all(isinstance(row, list) for row in rows):
+    fits = len(rows) == 2 * pairs or (may_lack_rejected and len(rows) == pairs)
+    if not fits or not all(isinstance(row, list) for row in rows):
         raise ValueError(
             f"ids must be [2B T+1], chosen rows first, with 2B = {2 * pairs} rows (input_ids of the batch); got "
             f"{len(rows)} rows"
@@ -269,5 +272,5 @@ def _checked_rows(ids: Any) -> Iterator[Sequence[int]]:
 
 def _without_padding(ids: Sequence[int], pad: int | None) -> Sequence[int]:
     """`ids` without padding on the left."""
-    start = next((place for place, token in enumerate(ids) if token != pad), len(ids))
+    start = next((index for index, token in enumerate(ids) if token != pad), len(ids))
     return ids[start:]

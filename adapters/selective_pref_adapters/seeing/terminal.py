@@ -56,8 +56,15 @@ def print_pairs(console: Console, pairs: Iterable[ShownPair]) -> None:
     scale = score_scale(scores_of(pairs))
     colour = console.is_terminal and console.color_system is not None
     for pair in pairs:
-        title = f"{printable(pair.place)}  margin {_margin(pair, 'reward')}, of kept tokens "
-        title += f"{_margin(pair, 'selected_reward')}, loss {pair.loss:.4g}"
+        margins = (
+            []
+            if pair.rejected is None
+            else [
+                f"margin {pair.chosen.reward - pair.rejected.reward:+.4g}",
+                f"of kept tokens {pair.chosen.selected_reward - pair.rejected.selected_reward:+.4g}",
+            ]
+        )
+        title = f"{printable(pair.place)}  {', '.join([*margins, f'loss {pair.loss:.4g}'])}"
         console.rule(Text(title, style="bold"), align="left")
         if pair.prompt:
             end = printable(pair.prompt[-_PROMPT:]).strip()
@@ -92,7 +99,3 @@ def _style(side: ShownResponse, number: int, scale: float | None) -> str:
     if side.scores is not None and scale is not None and (step := tint(side.scores[number], scale)):
         words.append(f"#16181d on {LIGHT[4 + step]}")
     return " ".join(words) or "none"
-
-
-def _margin(pair: ShownPair, reward: str) -> str:
-    return f"{getattr(pair.chosen, reward) - getattr(pair.rejected, reward):+.4g}"

@@ -1,14 +1,14 @@
 """A causal LM → whether a layout of a shared prompt gives its own hidden states, and for rows of which length.
 
-In: a model and a layout. Out: the longest row that the layout is exact for (0: for none) and what stands against it.
+In: a model and a layout. Out: the longest row that the layout is exact for (0: for none) and why no longer one.
 
 The model's body is run on one made-up pair, both sides by themselves and then in the layout; nothing is decided by a
 model's name. A layout is exact where the hidden states agree. For the packed row that is not enough: rounding in bf16
-is large, so the body must also be seen to listen, to the positions and to the mask that it is given.
+is large, so other positions and another mask must also be seen to change the states.
 
-What acts over a distance shows only in rows that reach so far. A sliding window or an attention chunk of up to
-`LONGEST_WINDOW` positions is reached by the made-up pair; a larger one is not, and then the layouts are used for rows
-that fit inside it, which it does not touch. The same holds for rotary frequencies that change with the length of the
+A sliding window or an attention chunk changes nothing in rows that fit inside it. One of up to `LONGEST_WINDOW`
+positions is shorter than the made-up pair, and so is tried; a larger one is not, and then the layouts are used only for
+rows that fit inside it. The same holds for rotary frequencies that change with the length of the
 text (`dynamic`, `longrope`): rows beyond the length where they change keep the padded layout.
 """
 
@@ -35,7 +35,7 @@ _REACH = "(window|chunk|local)(?!.*(layers|pattern|experts))"
 _PROMPT, _RESPONSES = 20, (11, 8)  # tokens of the made-up pair, where nothing asks for more
 
 Verdict = tuple[int, str]
-"""(the longest row that a layout is exact for, 0 for none; what stands against the layout, or nothing)"""
+"""(the longest row that a layout is exact for, 0 for none; why the layout is not exact, or nothing)"""
 
 
 def examine(causal: Any, layout: str) -> Verdict:
@@ -82,8 +82,8 @@ def packed_states(
 def _continued(causal: Any, pair: Group, alone: Tensor) -> str:
     body, device = causal.base_model, alone.device
     states = continued_states(body, [pair], device, positions=takes_positions(body))
-    places = pair.predictors(0)
-    return _differs(torch.cat([states[place] for place in places.values()]), alone)
+    indices = pair.predictors(0)
+    return _differs(torch.cat([states[some] for some in indices.values()]), alone)
 
 
 def _packed(causal: Any, pair: Group, alone: Tensor) -> str:
@@ -132,7 +132,7 @@ def rounding(states: Tensor) -> float:
 
 
 def _made_up_pair(causal: Any) -> tuple[Group, int]:
-    """A prompt with two responses, and the longest row that what was seen with it speaks for."""
+    """A prompt with two responses, and the longest row for which what is found with it holds."""
     config = text_config(causal)
     context = getattr(config, "max_position_embeddings", None) or UNLIMITED
     named = [value for name, value in vars(config).items() if type(value) is int and re.search(_REACH, name)]

@@ -82,7 +82,7 @@ class Layout:
     def outputs(
         self, states: Tensor, head: Callable[[Tensor, Tensor], Any], labels: Tensor, *, by_row: bool
     ) -> Tensor | tuple[Tensor, ...]:
-        """What the head gives for the completion tokens, each in its place and 0 elsewhere: [2B T].
+        """What the head gives for the completion tokens, each at its position and 0 elsewhere: [2B T].
 
         Args:
             states: of the completion tokens, as `states` gives them.
@@ -97,8 +97,8 @@ class Layout:
 
         def spread(values: Sequence[Tensor]) -> Tensor:
             found = torch.cat([*values], dim=1)[0]
-            places = (self.rows.to(found.device), self.columns.to(found.device))
-            return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(places, found)
+            indices = (self.rows.to(found.device), self.columns.to(found.device))
+            return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(indices, found)
 
         if isinstance(parts[0], Tensor):
             return spread(parts)
@@ -106,7 +106,7 @@ class Layout:
 
 
 def prepare(causal: Any) -> None:
-    """Examines a model now, where `lay_out` would at its first batch."""
+    """Runs the examination of a model now; else `lay_out` does so at the first batch."""
     _verdict(causal, "packed")
 
 
@@ -184,7 +184,7 @@ def _packed(groups: list[Group], device: torch.device, causal: Any, *, one_call:
     calls, predictors, start = [], {}, 0
     for some in [rows] if one_call else [[row] for row in rows]:
         packed = pack(some, multiple=multiple_of(causal), device=device)
-        predictors |= {row: start + places for row, places in packed.predictors.items()}
+        predictors |= {row: start + indices for row, indices in packed.predictors.items()}
         start += packed.input_ids.numel()
         calls.append(packed)
     return _layout(groups, predictors, device, calls)
@@ -212,7 +212,7 @@ def _not_plain_rows(inputs: dict[str, Any]) -> str:
     """What of a call's inputs cannot be laid out anew."""
     given = {name for name, value in inputs.items() if value is not None}
     if not {"input_ids", "attention_mask"} <= given:
-        return "its body is given embeddings, as with a soft prompt, and not ids"
+        return "its body is given embeddings instead of ids, as in prompt tuning"
     if given - _KNOWN:
         return f"its body is also given {', '.join(sorted(given - _KNOWN))}"
     mask, positions = inputs["attention_mask"], inputs.get("position_ids")

@@ -13,11 +13,15 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from selective_pref import Objective
-from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
-from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
+from selective_pref_adapters.model_checks import check_padding, check_policy, check_reloadable
+from selective_pref_adapters.models import (
+    check_same_tokenizer,
+    check_token_ids,
+    own_vocabulary,
+)
 from selective_pref_adapters.objectives import check_objective, selects
-from selective_pref_adapters.options import SelectionOptions
-from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, check_options, default_of
+from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
+from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -28,11 +32,8 @@ def check_arguments(args: Any, objective: Objective | None, datasets: list[Any])
     if not isinstance(args, SelectiveDPOConfig):
         raise TypeError(f"args must be a SelectiveDPOConfig, DPOConfig with a selection; got {type(args).__name__}")
     check_options(args)  # again: options may have been set since
-    if objective is not None:
-        for name in _OF_THE_LOSS:
-            option = next(f for f in dataclasses.fields(args) if f.name == name)
-            if getattr(args, name) != default_of(option):
-                raise ValueError(f"{name} is not read beside objective=: bind it there, or leave objective out")
+    if objective is not None and (unread := changed(args, _OF_THE_LOSS)):
+        raise ValueError(f"{next(iter(unread))} is not read beside objective=: bind it there, or leave objective out")
     for dataset in datasets:
         columns = getattr(dataset, "column_names", None) or []
         if args.reference_store is not None and ("image" in columns or "images" in columns):
@@ -44,20 +45,12 @@ def check_arguments(args: Any, objective: Objective | None, datasets: list[Any])
             check_stored_dataset(dataset)
 
 
-_OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)] + [
-    "selection_warmup_steps",
-    "scores",
-    "loss_type",
-    "loss_weights",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "ld_alpha",
-]
+_OF_THE_LOSS = [option.name for option in dataclasses.fields(SelectionOptions)]
+_OF_THE_LOSS += ["selection_warmup_steps", "scores", *PAIR_LOSS]
 
 
 def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
-    """Raises at models that cannot be trained, saved or compared; before any row is scored.
+    """Raises at models that cannot be trained, saved or compared; before they compute log-probs of a row.
 
     Args:
         trainer: a `DPOTrainer` whose models are there.
@@ -72,13 +65,7 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
         check_token_ids(
             max(own_vocabulary(tokenizer).values()), {"reference": reference}, where="the policy's tokenizer: "
         )
-    if getattr(model, "is_loaded_in_4bit", False) and trainer.accelerator.device.type == "cpu":
-        raise ValueError(
-            "the policy's weights have 4 bits, and on a CPU bitsandbytes packs them for inference alone as soon as the "
-            "reference is scored: train it on a GPU, or load it without quantization"
-        )
-    check_trainable(model)
-    for note in check_savable(model, tokenizer):
+    for note in check_policy(model, tokenizer, auxiliary_loss=True):
         logger.warning("%s", note)
     if trainer.args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")
@@ -114,7 +101,7 @@ def check_ids(model: Any, datasets: list[Any]) -> None:
 
 
 def selects_by_alignment(args: SelectiveDPOConfig, objective: Objective | None) -> bool:
-    """Whether the loss keeps some tokens by the alignment score; for a custom objective, whether it scores tokens."""
+    """Whether the loss selects tokens by the alignment score; a custom objective selects where it returns scores."""
     if objective is None:
         return selects(args.ratio(), args.min_score) and args.scores == "alignment"
     return check_objective(objective).chosen.scores is not None

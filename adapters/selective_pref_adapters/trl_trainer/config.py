@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import trl
@@ -24,7 +24,7 @@ from trl import DPOConfig
 from selective_pref import Objective, Response, ScoreFunction, SelectionRatio, alignment_scores, excess_loss_scores
 from selective_pref_adapters.named_losses import check_pairs_can_be_weighted, unread_numbers
 from selective_pref_adapters.objectives import Schedule, check_objective, pair_loss, selective_objective
-from selective_pref_adapters.options import SelectionOptions, SharePrefix
+from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions, SharePrefix
 from selective_pref_adapters.pairs import parse_columns
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,10 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         scores: what tokens are selected by: "alignment" (Eq. 6), "excess_loss", "random", or "module:function" for a
             function (chosen, rejected) → scores of both. In code the function itself may be given.
         reference_store: folder of stored reference log-probs, read instead of running a reference. With a `ref_model`
-            or `precompute_ref_log_probs`, what it lacks is scored before training.
+            or `precompute_ref_log_probs`, what it lacks is computed before training.
         reference_space: which reference of that folder (its name or label), where it holds several.
-        raise_on_non_finite: stop on all processes before a loss that is not finite reaches the weights.
+        non_finite: "raise" stops on all processes before a loss that is not finite reaches the weights; "ignore" goes
+            on with it, as `DPOTrainer` does.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
         picture_pairs: at each evaluation, keep the selection of so many pairs, the first of the evaluation set, as
             `selection/step-….svg` and `.json` in the output folder, and as an image in every tracker.
@@ -89,10 +90,7 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
 
     selection_ratio: list[float] = field(  # a list, so that a command line may give one number or two
         default_factory=lambda: [0.4],
-        metadata={
-            "help": "Share of each pool's tokens to keep, in (0, 1]; 1 is DPO. Two numbers: a share for the chosen and "
-            "one for the rejected response."
-        },
+        metadata=SelectionOptions.__dataclass_fields__["selection_ratio"].metadata,
     )
     max_length: int | None = field(
         default=None,
@@ -111,8 +109,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     reference_space: str | None = field(
         default=None, metadata={"help": "Which reference of that folder, where it holds several."}
     )
-    raise_on_non_finite: bool = field(
-        default=True, metadata={"help": "Stop on all processes before a loss that is not finite reaches the weights."}
+    non_finite: Literal["raise", "ignore"] = field(
+        default="raise",
+        metadata={"help": "At a loss that is NaN or infinite: stop on all processes, or go on as DPOTrainer does."},
     )
     fused_head: bool = field(default=True, metadata={"help": "Compute log-probs without materialising the logits."})
     picture_pairs: int = field(
@@ -219,34 +218,25 @@ _READ = {
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
     "router_aux_loss_coef",
-    "loss_type",
-    "loss_weights",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "ld_alpha",
     "use_weighting",
-    "padding_free",  # TRL says that it is not there at present, and pads
+    *PAIR_LOSS,
+    "padding_free",  # TRL 1.16 warns that it is not implemented, and pads
 }
 """Options of `DPOConfig` that mean under selection what they mean to the stock trainer."""
-
-_INSTEAD = {
-    "label_smoothing_factor": "it smooths labels of tokens, not of pairs: set label_smoothing",
-}
 
 
 def check_options(args: SelectiveDPOConfig) -> None:
     """Raises ValueError at the first option that has no meaning under selection, alone or beside another."""
     general = {f.name for f in dataclasses.fields(TrainingArguments)} - {"label_smoothing_factor"}
-    for option in dataclasses.fields(DPOConfig):
-        if option.name in general or option.name in _READ:
-            continue
-        value, default = getattr(args, option.name), default_of(option)
-        if value != default:
-            instead = _INSTEAD.get(option.name, "leave it out")
-            raise ValueError(f"{option.name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
+    for name, default in changed(args, {f.name for f in dataclasses.fields(DPOConfig)} - general - _READ).items():
+        smooths = name == "label_smoothing_factor"
+        instead = "it smooths labels of tokens, not of pairs: set label_smoothing" if smooths else "leave it out"
+        value = getattr(args, name)
+        raise ValueError(f"{name}={value!r} (default {default!r}) has no meaning under selection: {instead}")
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}")
+    if args.non_finite not in ("raise", "ignore"):
+        raise ValueError(f"non_finite must be 'raise' or 'ignore'; got {args.non_finite!r}")
     for name in ("selection_warmup_steps", "picture_pairs"):
         if getattr(args, name) < 0:
             raise ValueError(f"{name} must be at least 0; got {getattr(args, name)}")
@@ -266,13 +256,16 @@ def check_options(args: SelectiveDPOConfig) -> None:
     if args.use_weighting:
         check_pairs_can_be_weighted(args.loss_type)
     check_objective(args.objective())  # β, ratio, pool, ties, the numbers of the losses
-    for name in unread_numbers(args.loss_type, args.f_divergence_type):
-        option = next(f for f in dataclasses.fields(args) if f.name == name)
-        if name != "beta" and getattr(args, name) != default_of(option):
-            logger.warning("%s=%r is not read by loss_type %s", name, getattr(args, name), ", ".join(args.loss_type))
+    for name in changed(args, set(unread_numbers(args.loss_type, args.f_divergence_type)) - {"beta"}):
+        logger.warning("%s=%r is not read by loss_type %s", name, getattr(args, name), ", ".join(args.loss_type))
 
 
-def default_of(option: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass field, as a configuration holds it."""
-    default = option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
-    return one_or_two(default) if option.name == "selection_ratio" else default
+def changed(args: SelectiveDPOConfig, names: Collection[str]) -> dict[str, Any]:
+    """Name → default of those of these options that do not have their default."""
+    defaults = {
+        option.name: option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
+        for option in dataclasses.fields(args)
+        if option.name in names
+    }
+    defaults |= {name: one_or_two(defaults[name]) for name in ("selection_ratio",) if name in defaults}
+    return {name: default for name, default in defaults.items() if getattr(args, name) != default}

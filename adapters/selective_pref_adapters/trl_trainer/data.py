@@ -17,8 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -27,7 +26,6 @@ from selective_pref_adapters.options import Truncation
 from selective_pref_adapters.pairs import (
     PreferenceRow,
     RowError,
-    Spans,
     TokenizationReport,
     encode_rows,
     preference_row,
@@ -47,16 +45,17 @@ _FEATURES = Features(
         "prompt_ids": ListOf(Value("int32")),
         "chosen_ids": ListOf(Value("int32")),
         "rejected_ids": ListOf(Value("int32")),
-        "chosen_unscored": _SPANS,
-        "rejected_unscored": _SPANS,
+        "chosen_uncounted": _SPANS,
+        "rejected_uncounted": _SPANS,
         "place": Value("string"),
+        WEIGHT_COLUMN: Value("float64"),
         "left_out": Value("string"),
         "truncated": Value("bool"),
         "merged": Value("bool"),
         "tools_unread": Value("bool"),
     }
 )
-TRAINED_COLUMNS = ("chosen_unscored", "rejected_unscored")
+TRAINED_COLUMNS = ("chosen_uncounted", "rejected_uncounted")
 """What the collator reads beside TRL's own columns."""
 
 
@@ -66,9 +65,17 @@ def dataset_of_rows(rows: Sequence[PreferenceRow]) -> Dataset:
     return Dataset.from_dict({READ_ROW: [json.dumps(asdict(row)) for row in rows]}, features=features)
 
 
-def is_list_of_rows(data: Any) -> bool:
-    """Whether data are rows as `read_rows` gives them."""
-    return isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+def as_datasets(data: Any) -> Any:
+    """One data set, or several by name, as TRL takes them: a list of rows, as `read_rows` gives it, becomes one."""
+    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+        return {name: as_datasets(one) for name, one in data.items()}
+    rows = isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+    return dataset_of_rows(data) if rows else data
+
+
+def all_sets(datasets: Any) -> list[Any]:
+    """One data set, several by name, or None, as a list."""
+    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
 
 
 def prepared(
@@ -113,22 +120,18 @@ def prepared(
         "mode": truncation_mode,
         "columns": columns,
         "skip": skip_malformed_rows,
-        "drop": streams,
+        "streamed": TokenizationReport(max_length=limit, truncation_mode=truncation_mode) if streams else None,
         "code": _code_digest(),
     }
     options: dict[str, Any] = {"batched": True, "batch_size": 512, "with_indices": True, "fn_kwargs": how}
-    if streams and WEIGHT_COLUMN in first:
-        raise ValueError(
-            f"the {name} data set is a stream whose rows have weights, and rows that are left out would shift them: "
-            "give a datasets.Dataset, or set stock_tokenization"
-        )
     if streams:
-        return dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
-    weighted = {WEIGHT_COLUMN: dataset.features[WEIGHT_COLUMN]} if WEIGHT_COLUMN in first else {}
+        read = dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
+        weighted = (columns or {}).get(WEIGHT_COLUMN, WEIGHT_COLUMN) in first
+        return read if weighted else read.remove_columns(WEIGHT_COLUMN)
     done = dataset.map(
         _tokenized,
-        remove_columns=[column for column in dataset.column_names if column not in weighted],
-        features=Features({**_FEATURES, **weighted}),
+        remove_columns=dataset.column_names,
+        features=_FEATURES,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
         **options,
@@ -142,7 +145,8 @@ def prepared(
         )
     if report.kept < report.rows:
         done = done.select([number for number, reason in enumerate(done["left_out"]) if not reason])
-    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread"])
+    no_weights = [WEIGHT_COLUMN] if all(weight is None for weight in done[WEIGHT_COLUMN]) else []
+    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread", *no_weights])
 
 
 def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[TokenizationReport, list[str]]:
@@ -171,7 +175,7 @@ def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[Tokenizat
 def _code_digest() -> str:
     """Of the reader's own code: prepared data that another version of it left in the cache are not taken."""
     digest = hashlib.sha256()
-    for file in sorted(Path(pairs.__file__).parent.glob("*.py")):
+    for file in sorted(Path(pairs.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -186,10 +190,14 @@ def _tokenized(
     mode: Truncation,
     columns: Mapping[str, str] | None,
     skip: bool,
-    drop: bool,
+    streamed: TokenizationReport | None,
     code: str,
 ) -> dict[str, list[Any]]:
-    """A batch of rows as `Dataset.map` hands it over, with their ids; `code` only makes the cache's key."""
+    """A batch of rows as `Dataset.map` hands it over, with their ids.
+
+    Rows of a stream that are left out are dropped and counted in `streamed`; others are marked. `code` only makes the
+    cache's key.
+    """
     read: list[PreferenceRow | RowError] = []
     for number, index in enumerate(indices):
         raw = {column: values[number] for column, values in batch.items()}
@@ -203,12 +211,29 @@ def _tokenized(
     out: dict[str, list[Any]] = {column: [] for column in _FEATURES}
     for row in read:
         one = _malformed(row) if isinstance(row, RowError) else _fitted(next(encoded), max_length, mode, skip)
-        if drop and one["left_out"]:
-            logger.warning("%s: a streamed pair is left out: %s", name, one["left_out"])
+        if streamed is not None and one["left_out"]:
+            _count(one["left_out"], streamed, name)
             continue
         for column, values in out.items():
             values.append(one[column])
+    if streamed is not None:
+        streamed.rows += len(read)
     return out
+
+
+def _count(reason: str, seen: TokenizationReport, name: str) -> None:
+    """Counts a row of a stream that is left out, and tells the totals at the 1st, 2nd, 4th, 8th, …"""
+    if malformed := reason.startswith(_MALFORMED):
+        reason = reason.removeprefix(_MALFORMED)
+        seen.malformed += 1
+    else:
+        seen.left_out[reason] += 1
+    count = seen.malformed + sum(seen.left_out.values())
+    if count & (count - 1) == 0:
+        told = [f"{n} {why} ({seen.remedy(why)})" for why, n in seen.left_out.most_common()]
+        told += [f"{seen.malformed} malformed"] if seen.malformed else []
+        last = f"; the last: {reason}" if malformed else ""
+        logger.warning("%s: %d streamed rows left out so far: %s%s", name, count, "; ".join(told), last)
 
 
 def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> PreferenceRow:
@@ -218,8 +243,8 @@ def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> 
 
 
 def _malformed(error: RowError) -> dict[str, Any]:
-    empty: dict[str, Any] = {column: [] for column in _FEATURES if column.endswith(("ids", "unscored"))}
-    flags = {"truncated": False, "merged": False, "tools_unread": False}
+    empty: dict[str, Any] = {column: [] for column in _FEATURES if column.endswith(("ids", "uncounted"))}
+    flags = {"truncated": False, "merged": False, "tools_unread": False, WEIGHT_COLUMN: None}
     return {**empty, **flags, "place": "", "left_out": f"{_MALFORMED}{error}"}
 
 
@@ -235,9 +260,10 @@ def _fitted(encoded: Any, max_length: int, mode: Truncation, skip: bool) -> dict
         "prompt_ids": pair.chosen_ids[:start],
         "chosen_ids": pair.chosen_ids[start:],
         "rejected_ids": pair.rejected_ids[start:],
-        "chosen_unscored": [list(span) for span in pair.chosen_unscored],
-        "rejected_unscored": [list(span) for span in pair.rejected_unscored],
+        "chosen_uncounted": [list(span) for span in pair.chosen_uncounted],
+        "rejected_uncounted": [list(span) for span in pair.rejected_uncounted],
         "place": pair.place,
+        WEIGHT_COLUMN: pair.weight,
         "left_out": reason or "",
         "truncated": cut is not pair,
         "merged": encoded.merged,
@@ -249,14 +275,14 @@ class PairCollator(DataCollatorForPreference):
     """TRL's collator, in whose `completion_mask` only what the assistant says counts."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """As in TRL; `chosen_unscored` and `rejected_unscored` are places of prompt + completion that do not count."""
+        """As in TRL; the spans of `chosen_uncounted` and `rejected_uncounted` do not count."""
         batch = super().torch_call(examples)
         for number, example in enumerate(examples):
             for side, row in (("chosen", number), ("rejected", number + len(examples))):
                 length = len(example["prompt_ids"]) + len(example[f"{side}_ids"])
                 cut = self.max_length is not None and self.truncation_mode == "keep_end"
                 gone = max(length - self.max_length, 0) if cut else 0
-                for start, end in example.get(f"{side}_unscored") or ():
+                for start, end in example.get(f"{side}_uncounted") or ():
                     batch["completion_mask"][row, max(start - gone, 0) : max(end - gone, 0)] = 0
         return batch
 
@@ -275,21 +301,6 @@ def check_collator(collator: Any, dataset: Any, name: str) -> None:
     ):
         raise ValueError(
             f"completions of the {name} data set hold turns of users or tools, which do not count: derive "
-            "data_collator from selective_pref_adapters.trl_trainer.data.PairCollator, which reads chosen_unscored and "
-            "rejected_unscored"
+            "data_collator from selective_pref_adapters.trl_trainer.data.PairCollator, which reads "
+            "chosen_uncounted and rejected_uncounted"
         )
-
-
-def mask_as_spans(mask: torch.Tensor) -> tuple[int, Spans]:
-    """(prompt length, unscored places) of a completion mask [L]."""
-    scored = [bool(flag) for flag in mask.tolist()]
-    start = scored.index(True) if True in scored else len(scored)
-    spans: list[tuple[int, int]] = []
-    for at in range(start, len(scored)):
-        if scored[at]:
-            continue
-        if spans and spans[-1][1] == at:
-            spans[-1] = (spans[-1][0], at + 1)
-        else:
-            spans.append((at, at + 1))
-    return start, tuple(spans)

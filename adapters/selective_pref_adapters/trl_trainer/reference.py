@@ -61,7 +61,7 @@ class TrainerReference:
     Attributes:
         model: the model that runs beside the policy, or fills the store; None for the policy itself, or a store alone.
         tokenizer: of `ref_model`; None where it has none to compare.
-        stored: whether log-probs are looked up in a store.
+        stored: whether the loss reads log-probs from a store.
 
     Raises:
         ValueError: a reference that the objective does not read, or that is the policy object itself.
@@ -122,10 +122,10 @@ class TrainerReference:
             self._adapter_off()
 
     def built(self) -> bool:
-        """Once TRL has built the trainer: a reference that filled the store goes, unless evaluations may need it.
+        """After TRL has built the trainer: drops a model that has filled the store and is not needed any more.
 
         Returns:
-            Whether rows that an evaluation brings are still to be scored.
+            Whether log-probs of further data sets, given to `evaluate`, are to be computed and stored.
         """
         if not self.stored:
             self.source()
@@ -158,7 +158,7 @@ class TrainerReference:
         return isinstance(reference, AdapterOffReference) or is_initial_policy(reference, self._trainer.model)
 
     def store_rows(self, pairs: list[TokenizedPair], batch_size: int) -> ReferenceStore:
-        """The store, holding every row of `pairs`: what it lacked has been scored, if there is something to score with.
+        """The store, holding every row of `pairs`: what it lacked has been computed, if there is a model at hand.
 
         Raises:
             MissingRowsError: it lacks rows, and there is no reference at hand.
@@ -169,7 +169,7 @@ class TrainerReference:
             store = ReferenceStore.open(self._args.reference_store, self._args.reference_space)
             store.check_tokenizer(self._trainer._tokenizer)
         if self._fills:
-            with self._scorer() as model:
+            with self._filling_model() as model:
                 store = self._filled(store, model, pairs, batch_size)
         assert store is not None
         self._reference = StoredReference(store)
@@ -177,13 +177,13 @@ class TrainerReference:
             store.check(pairs)
         except MissingRowsError as error:
             raise MissingRowsError(
-                f"{error} (rows are cut to max_length {self._args.max_length} here; score them with the same "
+                f"{error} (rows are cut to max_length {self._args.max_length} here; fill the store with the same "
                 "--max-length and --truncation-mode)"
             ) from error
         return store
 
     @contextmanager
-    def _scorer(self) -> Iterator[Any]:
+    def _filling_model(self) -> Iterator[Any]:
         """The model that fills the store: the reference, or the policy before it has learnt anything."""
         policy = self._trainer.model
         if self.model is not None:
@@ -191,7 +191,7 @@ class TrainerReference:
         elif is_peft_model(policy):
             with self._adapter_off().switched():
                 yield policy
-        else:  # TRL refuses to score another data set once such a policy has been trained
+        else:  # TRL refuses to precompute another data set once such a policy has been trained
             with evaluating(policy):
                 yield policy
 
@@ -202,7 +202,7 @@ class TrainerReference:
     def _filled(
         self, store: ReferenceStore | None, model: Any, pairs: list[TokenizedPair], batch_size: int
     ) -> ReferenceStore:
-        """Scores what the store lacks, each process its share."""
+        """Computes what the store lacks, each process its share."""
         trainer, args = self._trainer, self._args
         if is_sharded(model):
             raise ValueError(
@@ -228,17 +228,11 @@ class TrainerReference:
 
 
 def load_reference(reference: Any, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """The reference as a model: itself, from its name, or the policy with its weights of now."""
-    if reference is None:
-        shards = not isinstance(policy, str) and is_sharded(policy)  # cannot be copied
-        reference = (
-            policy if isinstance(policy, str) else policy.config._name_or_path if shards else copy.deepcopy(policy)
-        )
-    return load_model(reference, policy, args, quantization_config) if isinstance(reference, str) else reference
-
-
-def load_model(name: str, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:
-    """A reference from a folder or hub id, loaded as `DPOTrainer` loads the policy."""
+    """The reference: a model, one loaded by its name as `DPOTrainer` loads the policy, or a copy of the policy."""
+    if reference is None and not isinstance(policy, str):
+        reference = policy.config._name_or_path if is_sharded(policy) else copy.deepcopy(policy)
+    if not isinstance(name := policy if reference is None else reference, str):
+        return name
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         options["quantization_config"] = quantization_config

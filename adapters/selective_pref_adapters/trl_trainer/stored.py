@@ -12,9 +12,8 @@ from typing import Any
 from datasets import Dataset
 
 from selective_pref_adapters.batch import REF_LOGPS, to_bits
-from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.pairs import TokenizedPair, uncounted_spans
 from selective_pref_adapters.reference_store.store import ReferenceStore
-from selective_pref_adapters.trl_trainer.data import mask_as_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,8 @@ def check_stored_dataset(dataset: Any) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`precompute_ref_log_probs=True` and `reference_store` are not supported with {type(dataset).__name__}: "
-            "rows are scored, or looked up, before training. Give a datasets.Dataset, or a ref_model and leave both out"
+            "log-probs are computed, or looked up, before training. Give a datasets.Dataset, or a ref_model and leave "
+            "both out"
         )
 
 
@@ -52,17 +52,18 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
         sides = []
         for row in range(2):
             attended = batch["attention_mask"][row] != 0
-            ids = batch["input_ids"][row][attended].tolist()
-            sides.append((ids, *mask_as_spans(batch["completion_mask"][row][attended] != 0)))
-        (chosen_ids, chosen_start, chosen_unscored), (rejected_ids, rejected_start, rejected_unscored) = sides
+            counts = (batch["completion_mask"][row][attended] != 0).tolist()
+            start = counts.index(True) if True in counts else len(counts)
+            sides.append((batch["input_ids"][row][attended].tolist(), start, uncounted_spans(counts, start)))
+        (chosen_ids, chosen_start, chosen_uncounted), (rejected_ids, rejected_start, rejected_uncounted) = sides
         pairs.append(
             TokenizedPair(
                 chosen_ids=chosen_ids,
                 rejected_ids=rejected_ids,
                 chosen_prompt_length=chosen_start,
                 rejected_prompt_length=rejected_start,
-                chosen_unscored=chosen_unscored,
-                rejected_unscored=rejected_unscored,
+                chosen_uncounted=chosen_uncounted,
+                rejected_uncounted=rejected_uncounted,
                 place=example.get("place", f"{name}, row {number}"),
             )
         )

@@ -152,6 +152,7 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
     todo.reverse()
     stop, texts = threading.Event(), Texts(tokenizer)
     under_way: dict[Future[RowLogps], tuple[list[Row], int]] = {}
+    told = False  # of an outage that still lasts
     with server.client() as client:
 
         def start(group: list[Row], attempt: int) -> None:
@@ -175,6 +176,11 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
                         if len(group) > 1:
                             todo += [group[len(group) // 2 :], group[: len(group) // 2]]
                         elif attempt + 1 < server.attempts:
+                            if not told:
+                                logger.warning(
+                                    "%s: %s. Asking again, up to %d times", server.url, error, server.attempts
+                                )
+                            told = True
                             start(group, attempt + 1)
                         else:
                             raise ServerError(
@@ -183,6 +189,7 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
                                 "run the same command again when the server is well"
                             ) from error
                     else:
+                        told = False
                         yield computed
         finally:
             stop.set()

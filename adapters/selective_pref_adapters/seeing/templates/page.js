@@ -200,7 +200,7 @@ const drawShell = (pair, at) => {
 
 const pairs = data.pairs.map((pair) => ({
   place: pair.place, prompt: pair.prompt, loss: pair.loss,
-  sides: [unpack(pair.c, "chosen"), unpack(pair.r, "rejected")],
+  sides: [unpack(pair.c, "chosen"), ...(pair.r ? [unpack(pair.r, "rejected")] : [])],
 }));
 
 const mean = (values) => {
@@ -209,7 +209,7 @@ const mean = (values) => {
 };
 const margin = (pair, name) => {
   const [chosen, rejected] = pair.sides.map((side) => side[name]);
-  return chosen === null || rejected === null ? null : chosen - rejected;
+  return rejected === undefined || chosen === null || rejected === null ? null : chosen - rejected;
 };
 
 const update = (rule) => {
