@@ -58,6 +58,7 @@ test-lowest:
 
 dist-check: $(READY)
 	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[release]'
 	$(BIN)/python tests/check_dist.py dist
 
 demo: $(READY)
