@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import PreferenceRow, collate, tokenize_pairs
-from selective_pref_adapters.replication import demo, language
+from selective_pref_adapters.replication import demo, language, measures
 from selective_pref_adapters.replication.pictures import show_selection
 
 
@@ -88,20 +88,20 @@ def test_prompt_and_answer_part_cleanly_and_the_decisive_tokens_are_the_differin
     ]
     assert tokenizer.convert_ids_to_tokens(pairs[0].rejected_ids)[-1] == "</s>"
     ids = collate(pairs, 0)["input_ids"][:, 1:]
-    masks = demo.decisive_mask(pairs, tokenizer, ids.shape[1])
+    masks = measures.decisive_mask(pairs, tokenizer, ids.shape[1])
     found = [tokenizer.convert_ids_to_tokens(ids[side][masks[side][0]].tolist()) for side in (0, 1)]
     assert found == [["3", "2"], ["5", "9"]]
 
 
 def test_intervals_and_verdicts() -> None:
-    none, half = demo.Rate(right=0, samples=100), demo.Rate(right=50, samples=100)
+    none, half = measures.Rate(right=0, samples=100), measures.Rate(right=50, samples=100)
     assert none.interval[0] == 0
     assert 0.03 < none.interval[1] < 0.04  # z² / (n + z²)
     assert half.interval == pytest.approx((0.404, 0.596), abs=2e-3)
     assert half.error == pytest.approx(0.05)
-    assert demo.difference(half, none) == 1
-    assert demo.difference(none, half) == -1
-    assert demo.difference(half, demo.Rate(right=52, samples=100)) == 0
+    assert measures.difference(half, none) == 1
+    assert measures.difference(none, half) == -1
+    assert measures.difference(half, measures.Rate(right=52, samples=100)) == 0
     claim = demo.against_dpo({"student": none, "dpo": half, "selective_strong": none, "teacher": half})
     assert "clearly less" in claim  # it says what the numbers show, not what one would like
 

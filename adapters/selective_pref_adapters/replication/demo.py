@@ -29,28 +29,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    get_scheduler,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from selective_pref import per_token_logps, select
-from selective_pref_adapters.batch import labels_of, responses
+from selective_pref import select
+from selective_pref_adapters.batch import responses
 from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.replication.language import (
-    EOS,
     Language,
     check_disjoint,
-    decisive_words,
-    is_right,
     make_language,
     make_tokenizer,
     preference_rows,
@@ -58,7 +48,15 @@ from selective_pref_adapters.replication.language import (
     supervised_texts,
     write_rows,
 )
+from selective_pref_adapters.replication.measures import Rate, decisive_mask, difference, sample_answers, success_rate
 from selective_pref_adapters.replication.pictures import show_selection
+from selective_pref_adapters.replication.supervised import (
+    SUPERVISED_BATCH,
+    load,
+    make_model,
+    save,
+    train_supervised,
+)
 
 BETA = 0.01
 RATIO = 0.4
@@ -66,9 +64,6 @@ SWAPPED_LABELS = 0.2
 SUPERVISED_ERRORS = 0.5
 HELD_OUT_PROMPTS = 0.2
 BATCH = 32
-SUPERVISED_BATCH = 64
-SUPERVISED_RATE = 3e-3
-MAX_ANSWER = 24  # tokens; the longest right answer has 21
 
 # Found beforehand on other seeds, a handful of rates for each; the controls show both methods at both.
 RATE_ALL_TOKENS = 1e-4
@@ -180,44 +175,6 @@ SHOWN: dict[str, Any] = {"policy": "student", "reference": "teacher", "selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rate:
-    """How many of so many sampled answers are right."""
-
-    right: int
-    samples: int
-
-    @property
-    def value(self) -> float:
-        """The share, in [0, 1]."""
-        return self.right / self.samples
-
-    @property
-    def error(self) -> float:
-        """Its binomial standard error."""
-        return math.sqrt(self.value * (1 - self.value) / self.samples)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its 95 % interval (Wilson's, which also holds near 0 and 1)."""
-        z, n, p = 1.96, self.samples, self.value
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-    def record(self) -> dict[str, Any]:
-        """For results.json."""
-        return {
-            "right": self.right,
-            "samples": self.samples,
-            "rate": self.value,
-            "standard_error": self.error,
-            "interval_95": list(self.interval),
-        }
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} %"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Share:
     """Share of decisive tokens, in [0, 1]: among the selected ones, and among all tokens of the responses."""
 
@@ -325,69 +282,6 @@ def training_prompts(seed: int, use: str, count: int) -> list[str]:
     return random.Random(f"training prompts {use} {seed}").choices(split_prompts(seed, HELD_OUT_PROMPTS).train, k=count)
 
 
-# --- supervised start ------------------------------------------------------------------------------------------------
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> LlamaForCausalLM:
-    """A Llama of two layers with hidden size `size` and random weights."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size,
-            intermediate_size=2 * size,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            initializer_range=0.1,  # at this width the usual 0.02 learns late
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def supervised_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """(prompt, answer) → input_ids and attention_mask [B T+1], completion_mask 1 on the answer and its EOS."""
-    batch = tokenizer([prompt + answer + EOS for prompt, answer in texts], padding=True, return_tensors="pt")
-    completion_mask = batch["attention_mask"].clone()
-    for row, (prompt, _) in enumerate(texts):
-        completion_mask[row, : len(tokenizer(prompt)["input_ids"])] = 0
-    return {**batch, "completion_mask": completion_mask}
-
-
-def train_supervised(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]], name: str
-) -> None:
-    """One pass over `texts` with AdamW: mean −log π of the answers' tokens, EOS included. Changes `model`."""
-    steps = len(texts) // SUPERVISED_BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SUPERVISED_RATE, weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
-    model.train()
-    for step in (bar := tqdm(range(steps), desc=f"supervised {name}", unit="step")):
-        batch = supervised_batch(tokenizer, texts[step * SUPERVISED_BATCH : (step + 1) * SUPERVISED_BATCH])
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        logps, mask = per_token_logps(logits, labels_of(batch))
-        loss = -logps.sum() / mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def load(folder: Path) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
 # --- preference runs -------------------------------------------------------------------------------------------------
 
 
@@ -410,41 +304,6 @@ def preference_config(method: Method, folder: Path, seed: int, scale: Scale) -> 
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
-
-
-def sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int
-) -> list[str]:
-    """One answer to every prompt, sampled at temperature 1 from the whole distribution. Prompts are equally long."""
-    torch.manual_seed(seed)
-    asked = tokenizer(list(prompts), return_tensors="pt")
-    with torch.no_grad():
-        ids = model.generate(
-            **asked, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_ANSWER, use_cache=True
-        )
-    return tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def success_rate(language: Language, prompts: Sequence[str], answers: Sequence[str]) -> Rate:
-    """How many answers have all four digits right."""
-    right = sum(is_right(language, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
-    return Rate(right=right, samples=len(prompts))
-
-
-def decisive_mask(
-    pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerFast, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens decide, for chosen and rejected: bool [B T] each, shifted like `per_token_logps`, T = `width`."""
-    masks = torch.zeros(2, len(pairs), width, dtype=torch.bool)
-    for row, pair in enumerate(pairs):
-        starts = (pair.chosen_prompt_length, pair.rejected_prompt_length)
-        words = [
-            tokenizer.convert_ids_to_tokens(ids[start:])
-            for ids, start in zip((pair.chosen_ids, pair.rejected_ids), starts, strict=True)
-        ]
-        for side, marks in enumerate(decisive_words(*words)):
-            masks[side, row, starts[side] - 1 : starts[side] - 1 + len(marks)] = torch.tensor(marks)
-    return masks[0], masks[1]
 
 
 def decisive_share(
@@ -676,13 +535,6 @@ def margins(evaluation: Mapping[str, Mapping[str, float]]) -> str:
             "second rises."
         )
     return f"{seen} The selected margin begins below 0, as selection makes it; but the full margin did not rise either."
-
-
-def difference(one: Rate, other: Rate) -> int:
-    """1 if `one` is above `other` by more than two standard errors, −1 if below, 0 if neither."""
-    error = math.hypot(one.error, other.error)
-    gap = one.value - other.value
-    return 0 if abs(gap) <= 2 * error else (1 if gap > 0 else -1)
 
 
 def compared(one: Rate, other: Rate) -> str:
