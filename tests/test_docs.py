@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import selective_pref
+from selective_pref import testing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
@@ -89,7 +90,7 @@ def test_reference_holds_the_public_names_once_each() -> None:
     # diagnostics is a module as well, so its entry has to name both
     entries = re.findall(r"^::: selective_pref\.(?:diagnostics\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(entries) == sorted(selective_pref.__all__)
-    for module in (selective_pref.pair_losses, selective_pref.divergences):
+    for module in (selective_pref.pair_losses, selective_pref.divergences, testing):
         listed = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
         assert sorted([*listed, *(set(module.__all__) & set(entries))]) == sorted(module.__all__)
 
@@ -139,7 +140,9 @@ def test_mutations_name_files_and_tests_that_exist() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
     tests = {name for source in sources for name in re.findall(r"^def test_(\w+)", source, re.MULTILINE)}
     for mistake, file, seen_by in MUTATIONS:
-        assert any((folder / file).is_file() for folder in (ROOT / "selective_pref", ADAPTERS)), f"{mistake}: {file}"
+        assert any((folder / file).is_file() for folder in (ROOT / "selective_pref", ADAPTERS, ROOT / "docs")), (
+            f"{mistake}: {file}"
+        )
         names = re.findall(r"`(\w+)`", seen_by)
         assert names, mistake
         assert not set(names) - tests, f"{mistake}: {sorted(set(names) - tests)}"

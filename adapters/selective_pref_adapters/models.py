@@ -218,6 +218,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def running_model(trainer: Any) -> Any:
+    """The policy of a `Trainer` as it is called without a gradient: inside the engine where one shards its weights."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return trainer.model_wrapped if sharded else trainer.model
+
+
+def keep_trainable_in_4_bits(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for inference on a CPU, from where no gradient comes back.
+
+    It packs them at the first call in evaluation mode, as when a reference is scored with the policy's adapters off, or
+    at an evaluation. On a GPU nothing is packed.
+
+    Raises:
+        ValueError: they are packed already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):  # what bitsandbytes packs by
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"the policy's 4-bit weights ({name} for one) are packed for inference, from where no gradient comes "
+                "back: they were used in evaluation mode on this CPU. Load the model again and train it before that"
+            )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -182,6 +182,39 @@ def check_pairs_can_be_weighted(names: Sequence[str]) -> None:
         )
 
 
+def check_pair_weights(weights: Sequence[float | None], names: Sequence[str], which: str) -> None:
+    """Raises ValueError where rows' weights cannot be what their losses are multiplied by.
+
+    Args:
+        weights: of every row, each at least 0; None for a row that has none.
+        names: of the losses.
+        which: what the rows are called in error messages.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return
+    check_pairs_can_be_weighted(names)
+    if len(given) < len(weights):
+        lacking = list(weights).index(None)
+        raise ValueError(
+            f"{which}: {len(given)} of {len(weights)} rows have a weight, the others (the first is number "
+            f"{lacking + 1}) have none: give every row one, 1 where nothing is to change, or none at all"
+        )
+    if not any(given):
+        raise ValueError(
+            f"{which}: every weight is 0, so no row would be learnt from: leave the column 'weight' out, or scale it"
+        )
+
+
+def weights_line(weights: Sequence[float | None]) -> list[str]:
+    """One sentence about rows' weights; none where no row has one."""
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return []
+    mean = sum(given) / len(given)
+    return [f"losses are multiplied by the rows' weights, from {min(given):g} to {max(given):g}, mean {mean:.4g}"]
+
+
 def check_name(option: str, name: Any, known: Iterable[str]) -> None:
     """Raises ValueError for a name that there is not, with the nearest one."""
     known = list(known)

@@ -228,5 +228,26 @@ def test_bad_rows_of_a_data_set_are_named_or_counted(caplog: pytest.LogCaptureFi
         prepared(Dataset.from_list([{**good, "chosen": " "}]), tokenizer, "train", **options)
     renamed = Dataset.from_list([{"q": "the ", "a": "egg", "b": "pot"}])
     columns = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    (pair,) = PreferenceCollator(tokenizer, columns=columns).pairs(renamed)
+    assert pair.chosen_ids == tokenizer.convert_tokens_to_ids(["the", "egg", "</s>"])
     done = prepared(renamed, tokenizer, "train", columns=columns, **options)
     assert done[0]["chosen_ids"] == tokenizer.convert_tokens_to_ids(["egg", "</s>"])
+
+
+def test_rows_of_a_stream_that_are_left_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = small_tokenizer("WordLevel")
+    good, equal = ({"prompt": "the ", "chosen": "egg", "rejected": other} for other in ("pot", "egg"))
+    rows = [good, equal, {"prompt": "the ", "chosen": "egg"}, equal, good, *[equal] * 3]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    options: dict[str, Any] = {"max_length": 8, "truncation_mode": "keep_start", "skip_malformed_rows": True}
+    done = prepared(stream, tokenizer, "train", **options)
+    assert len(list(done)) == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3  # at the first, the second and the fourth of six
+    assert told[0] == (
+        "train: 1 streamed rows left out so far: 1 chosen and rejected are equal (neither is better; repair or remove "
+        "the rows)"
+    )
+    assert "2 streamed rows left out so far: 1 chosen and rejected are equal" in told[1]
+    assert "; 1 malformed; the last: train, row 2: no 'rejected'" in told[1]
+    assert "4 streamed rows left out so far: 3 chosen and rejected are equal" in told[2]

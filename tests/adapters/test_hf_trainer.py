@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -39,8 +40,9 @@ from selective_pref import (
     sft_loss,
     simpo_loss,
     token_sft_loss,
+    weigh_pairs,
 )
-from selective_pref_adapters.batch import REF_LOGPS, from_bits, responses
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, from_bits, responses
 from selective_pref_adapters.heads import frozen_per_token_logps, model_per_token_logps
 from selective_pref_adapters.hf_trainer import (
     PreferenceCollator,
@@ -163,6 +165,54 @@ def assert_alike(ours: list[dict[str, float]], theirs: list[dict[str, float]], *
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_count_for_their_weight(
+    build: Run, tokenizer: Any, pairs: list[TokenizedPair], policy_folder: Path, reference_folder: Path
+) -> None:
+    """The loss is the core's of weighted pairs; in a run a weight of 2 is as good as the row twice."""
+    weighted = [dataclasses.replace(pair, weight=weight) for pair, weight in zip(pairs, [0.0, 1.0, 2.0], strict=False)]
+    model, batch = model_of(policy_folder), PreferenceCollator(tokenizer)([vars(pair) for pair in weighted])
+    labels, logps = batch["labels"], frozen_per_token_logps(model, batch["labels"])
+    loss = SelectivePreferenceLoss(beta=0.3, ref_model=model_of(reference_folder))
+    ref_logps = frozen_per_token_logps(model_of(reference_folder), labels)
+    expected = selective_dpo_loss(*responses(labels, logps, ref_logps), beta=0.3, selection_ratio=0.4)
+    expected = weigh_pairs(expected, torch.tensor([0.0, 1.0, 2.0]), total=3.0)
+    torch.testing.assert_close(loss(logps, labels, 3), expected.losses.mean())
+
+    def first(some: Any, evaluation: Any = None) -> tuple[dict[str, float], Trainer]:
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 1}
+        trainer = build(train=some, evaluation=evaluation, **options)
+        trainer.train()
+        return logged(trainer)[0], trainer
+
+    got, trainer = first(Dataset.from_list([vars(pair) for pair in weighted]), weighted)
+    same, other = first([pairs[1], pairs[2], pairs[2]], [pairs[1], pairs[2], pairs[2]])
+    for name in ("loss", "grad_norm"):
+        assert got[name] == pytest.approx(same[name], rel=1e-5)
+    assert got["pair_weight"] == pytest.approx(1.0)
+    assert "pair_weight" not in same
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(other.evaluate()["eval_loss"], rel=1e-4)
+    raw = [{**row, "weight": weight} for row, weight in zip(text_rows(3), [0.0, 1.0, 2.0], strict=True)]
+    labels = PreferenceCollator(tokenizer)(raw)["labels"]
+    assert from_bits(labels[PAIR_WEIGHTS]).tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ([0.0, 0.0], {}, "train_dataset: every weight is 0"),
+        ([1.0, None], {}, "train_dataset: 1 of 2 rows have a weight"),
+        ([1.0, math.nan], {}, "train_dataset, row 1: 'weight', .* a finite number, at least 0; got nan"),
+        ([1.0, 2.0], {"loss_type": "aot"}, "pairs cannot be weighted .* under aot"),
+    ],
+)
+def test_weights_that_mean_nothing(
+    build: Run, reference_folder: Path, weights: list[float], options: Any, message: str
+) -> None:
+    rows = [{**row, "weight": weight} for row, weight in zip(text_rows(2), weights, strict=True)]
+    with pytest.raises(ValueError, match=message):
+        build(train=rows, loss=SelectivePreferenceLoss(ref_model=model_of(reference_folder), **options))
 
 
 def test_the_loss_is_the_cores_on_the_same_log_probs(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,8 @@ from selective_pref_adapters.pairs import (
     RowError,
     check_same_tokenizer,
     collate,
+    parse_columns,
+    preference_row,
     read_rows,
     split_by_prompt,
     tokenize_pairs,
@@ -53,6 +57,29 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     expected = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
     for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "plain", "splits", "files"):
         assert [(r.prompt, r.chosen, r.rejected) for r in read_rows(tmp_path / name)] == expected, name
+
+
+def test_rows_have_weights_under_any_name(tmp_path: Path, tokenizer: Any) -> None:
+    """Numbers, or the text that a .csv file has in their place; they stay with their row through cutting."""
+    rows = [{**row, "weight": weight} for row, weight in zip(text_rows(3), [0, 1.5, 2], strict=True)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    names = ["prompt", "chosen", "rejected", "weight"]
+    (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in [names, *map(dict.values, rows)]))
+    for name in ("a.jsonl", "a.csv"):
+        assert [row.weight for row in read_rows(tmp_path / name)] == [0.0, 1.5, 2.0]
+    pairs, _ = tokenize_pairs(read_rows(tmp_path / "a.jsonl"), tokenizer, max_length=8)
+    assert [pair.weight for pair in pairs] == [0.0, 1.5, 2.0]
+    assert [row.weight for row in read_rows(write_jsonl(tmp_path / "b.jsonl", text_rows(2)))] == [None, None]
+    renamed = parse_columns("prompt=prompt,chosen=chosen,rejected=rejected,weight=grams")
+    assert preference_row({**text_rows(1)[0], "grams": 2, "weight": "heavy"}, "here", renamed).weight == 2.0
+    without = parse_columns("prompt=prompt,chosen=chosen,rejected=rejected,weight=none")
+    assert preference_row({**rows[0], "weight": "heavy"}, "here", without).weight is None
+
+
+@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, "heavy", True, [1.0]])
+def test_a_weight_that_is_none(weight: Any) -> None:
+    with pytest.raises(RowError, match=r"here: 'weight', .* must be a finite number, at least 0; got .*weight=none"):
+        preference_row({**text_rows(1)[0], "weight": weight}, "here")
 
 
 def test_conversations_survive_parquet(tmp_path: Path) -> None:
@@ -111,7 +138,7 @@ GOOD = {"prompt": "w0", "chosen": "w1", "rejected": "w2"}
         ({"prompt": "w0", "chosen": 7, "rejected": "w1"}, "'chosen' must be text or a list of messages; got int"),
         ({"prompt": 1.5, "chosen": "w2", "rejected": "w1"}, "'prompt' must be text or a list of messages; got float"),
         ("[1, 2]", "expected an object"),
-        ({"prompt": "w0", "chosen": [message("assistant", "w1")], "rejected": "w1"}, "all text or all message lists"),
+        ({"prompt": "w0", "chosen": [message("assistant", "w1")], "rejected": "w1"}, "both text or both messages"),
         ({"prompt": [{"role": "user"}], "chosen": [], "rejected": []}, "'role' and 'content'"),
         ({"prompt": [{"role": "user", "content": 3}], "chosen": [], "rejected": []}, "text content; got int"),
         ({"chosen": "w1", "rejected": "w2"}, "no 'prompt'"),
@@ -273,9 +300,9 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer) -> None:
     assert len(kept) == 4
     assert report.left_out == Counter({"no completion left after truncation": 2})
     assert kept[2].chosen_ids == kept[2].rejected_ids
-    assert report.kept - report.unteachable == len(pairs)
-    assert "3 of 4 kept pairs have an empty completion or two equal sides" in report.lines()[-1]
-    assert "selective-pref train on the other 1 alone" in report.lines()[-1]
+    assert report.kept - report.unteachable.total() == len(pairs)
+    assert "3 of 4 kept pairs teach nothing (" in report.lines()[-1]
+    assert "training leaves them out, unless TRL tokenises by itself" in report.lines()[-1]
 
 
 def test_options_and_tokenizers_that_do_not_work(tokenizer) -> None:

@@ -24,11 +24,11 @@ from selective_pref import NonFiniteError, selective_dpo_loss
 from selective_pref_adapters import references
 from selective_pref_adapters.batch import responses
 from selective_pref_adapters.deepspeed_loop import loop, train
-from selective_pref_adapters.deepspeed_loop.checks import check_policy
 from selective_pref_adapters.deepspeed_loop.engine import start_processes
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog
 from selective_pref_adapters.deepspeed_loop.sampling import make_order, number_of_steps, pairs_per_step, share_of
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.model_checks import check_policy
 from selective_pref_adapters.models import load_model
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
@@ -100,6 +100,39 @@ def halves(policy: Path, pairs_file: Path, steps: int) -> list[list[list[Tokeniz
     pairs = training_pairs(policy, pairs_file)
     order = make_order([1] * len(pairs), 8, 0)
     return [share_of(pairs, order(step), 4, 0, 1) for step in range(1, steps + 1)]
+
+
+def test_rows_count_for_their_weight(configure: Configure, tmp_path: Path) -> None:
+    """A weight of 0 is as good as a row that is not there, twice the weight as good as the row twice."""
+    rows = text_rows(3)
+    weighted = [{**row, "weight": weight} for row, weight in zip(rows, [0, 1.0, 2.0], strict=True)]
+
+    def result(some: list[dict[str, Any]], name: str, **options: Any) -> Any:
+        options = {"batch_size": 1, "gradient_accumulation_steps": 3, "eval_fraction": 0, **options}
+        file = write_jsonl(tmp_path / f"{name}.jsonl", some)
+        return train(configure(pairs=str(file), output_dir=str(tmp_path / name), max_steps=1, **options))
+
+    got, same = result(weighted, "weighted"), result([rows[1], rows[2], rows[2]], "repeated")
+    for name in ("loss", "grad_norm"):
+        assert got.metrics[0][name] == pytest.approx(same.metrics[0][name], rel=1e-5)
+    assert got.metrics[0]["pair_weight"] == pytest.approx(1.0)
+    assert "training: losses are multiplied by the rows' weights, from 0 to 2, mean 1" in got.summary["notes"]
+    plain = result(rows, "plain")
+    assert plain.metrics[0]["loss"] != pytest.approx(got.metrics[0]["loss"], rel=1e-3)
+    assert "pair_weight" not in plain.metrics[0]
+    held_out = result(rows, "held-out", eval_pairs=str(tmp_path / "weighted.jsonl"), batch_size=3)
+    repeated = result(rows, "held-out-2", eval_pairs=str(tmp_path / "repeated.jsonl"), batch_size=3)
+    before, expected = held_out.summary["before"], repeated.summary["before"]
+    assert before["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    for name, wrong, message in (
+        ("none", [0, 0, 0], "training pairs: every weight is 0"),
+        ("some", [1, None, 1], r"training pairs: 2 of 3 rows have a weight, the others \(the first is number 2\)"),
+        ("negative", [1, -0.5, 1], "negative.jsonl:2: 'weight', .* at least 0; got -0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            result([{**row, "weight": weight} for row, weight in zip(rows, wrong, strict=True)], name)
+    with pytest.raises(ValueError, match=r"pairs cannot be weighted .* under aot"):
+        result(weighted, "aot", loss_type=("aot",))
 
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (3, "float32"), (0, "bfloat16"), (1, "bfloat16")])

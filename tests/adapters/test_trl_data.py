@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import collate, read_rows, tokenize_pairs
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
+from selective_pref_adapters.trl_trainer.command import LocalSplits, split_of
 from selective_pref_adapters.trl_trainer.data import PairCollator
 from tiny import text_rows, write_jsonl
 
@@ -169,3 +170,14 @@ def test_a_collator_of_ones_own_must_know_of_other_turns(tmp_path: Path, policy_
     told = [word for word, counts in zip(words, pair.chosen_mask, strict=True) if counts]
     assert told == ["w1", "w2", "</s>", "w4", "</s>"]
     trainer(tmp_path, policy_folder, Dataset.from_list(TEXT), data_collator=Own(pad_token_id=0)).train()
+
+
+def test_a_file_is_read_once_and_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*SETS["alpaca"], {"prompt": "w1"}])
+    args = SelectiveDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, skip_malformed_rows=True)
+    rows = split_of(LocalSplits(str(path), args), "train")
+    assert len(rows) == 12
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:30] for line in said] == ["note: rows.jsonl: Alpaca rows:", "note: 1 malformed rows left ou"]
+    with pytest.raises(ValueError, match=r"the data set has no split 'test', only \['train'\]"):
+        split_of(LocalSplits(str(path), args), "test")

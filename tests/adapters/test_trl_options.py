@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
+from selective_pref_adapters.models import keep_trainable_in_4_bits
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from tiny import make_mixture, make_text_and_image_model, text_rows
+from tiny import make_mixture, make_model, make_text_and_image_model, text_rows
 
 ROWS = text_rows(12)
 
@@ -39,16 +41,14 @@ def steps(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def run(
-    policy: Path, reference: Path, args: Any, rows: list[Any] = ROWS, trainer: Any = None
-) -> list[dict[str, float]]:
+def run(policy: Path, reference: Path, args: Any, rows: Any = ROWS, trainer: Any = None) -> list[dict[str, float]]:
     trainer = trainer or (SelectiveDPOTrainer if isinstance(args, SelectiveDPOConfig) else DPOTrainer)
     return steps(
         trainer(
             model=str(policy),
             ref_model=load(reference),
             args=args,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
             processing_class=AutoTokenizer.from_pretrained(policy),
         )
     )
@@ -128,12 +128,30 @@ def test_rows_count_for_their_weight(policy_folder: Path, reference_folder: Path
     assert first(ROWS[:3])["grad_norm"] != pytest.approx(repeated["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_rows_of_a_stream_have_weights(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path, stock: bool
+) -> None:
+    args = {"max_steps": 1, "per_device_train_batch_size": 3, "selection_ratio": 0.4, "stock_tokenization": stock}
+    args |= {"accelerator_config": {"dispatch_batches": False}}
+    rows = [{**row, "weight": weight} for row, weight in zip(ROWS[:3], [0.0, 1.0, 2.0], strict=True)]
+
+    def first(data: Any) -> dict[str, float]:
+        return run(policy_folder, reference_folder, SelectiveDPOConfig(**settings(tmp_path, **args)), data)[0]
+
+    stream, whole = first(Dataset.from_list(rows).to_iterable_dataset()), first(rows)
+    assert stream["pair_weight"] == whole["pair_weight"] == 1.0
+    assert stream["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert "pair_weight" not in first(Dataset.from_list(ROWS[:3]).to_iterable_dataset())
+
+
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
-        ([1.0, -1.0], {}, "weight of row 1 must be a finite number, at least 0; got -1.0"),
-        ([float("inf"), 1.0], {}, "weight of row 0 must be a finite number"),
-        ([0.0, 0.0], {}, "every weight is 0"),
+        ([1.0, -1.0], {}, "train, row 1: 'weight', .* at least 0; got -1.0"),
+        ([float("inf"), 1.0], {"stock_tokenization": True}, "train, row 0: 'weight', .* a finite number"),
+        ([0.0, 0.0], {}, "train: every weight is 0"),
+        ([1.0, None], {}, r"train: 1 of 2 rows have a weight, the others \(the first is number 2\) have none"),
         ([1.0, 2.0], {"loss_type": "aot"}, "pairs cannot be weighted .* under aot: it sorts the batch"),
     ],
 )
@@ -211,17 +229,34 @@ def test_arguments_may_be_given_by_position(policy_folder: Path, reference_folde
     assert "Zhijin Dong" in card
 
 
-def test_4_bit_weights_on_a_cpu_are_refused(policy_folder: Path, reference_folder: Path, tmp_path: Path) -> None:
-    policy = load(policy_folder)
-    policy.is_loaded_in_4bit = True  # as bitsandbytes marks a model, which is not installed here
-    with pytest.raises(ValueError, match=r"4 bits, and on a CPU .* train it on a GPU, or load it without quantization"):
-        SelectiveDPOTrainer(
-            model=policy,
-            ref_model=load(reference_folder),
-            args=SelectiveDPOConfig(**settings(tmp_path)),
+def test_4_bit_weights_learn_on_a_cpu_after_an_evaluation_too(reference_folder: Path, tmp_path: Path) -> None:
+    """There the stock trainer's gradient is 0, on a CPU for which bitsandbytes packs weights at an evaluation."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    folder = make_model(tmp_path / "wide", seed=1, hidden_size=64, intermediate_size=64)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+    def first(kind: Any, args: Any) -> tuple[list[dict[str, float]], Any]:
+        torch.manual_seed(0)
+        trainer = kind(
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits),
+            args=args,
             train_dataset=Dataset.from_list(ROWS),
-            processing_class=AutoTokenizer.from_pretrained(policy_folder),
+            eval_dataset=Dataset.from_list(ROWS[:4]),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
         )
+        return steps(trainer), trainer
+
+    theirs, _ = first(DPOTrainer, DPOConfig(**settings(tmp_path)))
+    args = {"selection_ratio": 1.0, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    ours, trainer = first(SelectiveDPOTrainer, SelectiveDPOConfig(**settings(tmp_path, **args)))
+    for expected, got in zip(theirs, ours, strict=True):
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2) != 0
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    layer = next(module for module in trainer.model.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"4-bit weights \(.* for one\) are packed for inference, from where no grad"):
+        keep_trainable_in_4_bits(trainer.model)
 
 
 def test_text_rows_on_a_model_that_also_reads_images(tmp_path: Path, reference_folder: Path) -> None:

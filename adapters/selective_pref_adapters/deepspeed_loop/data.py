@@ -9,6 +9,7 @@ import torch
 
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER
 from selective_pref_adapters.models import check_token_ids
+from selective_pref_adapters.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.objectives import CHOSEN_ONLY
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import (
@@ -59,6 +60,9 @@ def load_pairs(
         except ValueError as error:
             raise ValueError(f"{which} pairs: {error}") from error
         notes.extend(f"{which}: {line}" for line in report.lines())
+        weights = [pair.weight for pair in pairs]
+        check_pair_weights(weights, config.loss_type, f"{which} pairs")
+        notes.extend(f"{which}: {line}" for line in weights_line(weights))
         return pairs
 
     train_pairs, eval_pairs = tokenized("training", rows), tokenized("evaluation", eval_rows) if eval_rows else []

@@ -52,7 +52,8 @@ def identity_of(
         for p in pairs:
             lengths = p.chosen_prompt_length, p.rejected_prompt_length
             uncounted = *p.chosen_uncounted, *p.rejected_uncounted
-            text.update(repr((p.chosen_ids, p.rejected_ids, *lengths, *uncounted)).encode())
+            weight = () if p.weight is None else (p.weight,)
+            text.update(repr((p.chosen_ids, p.rejected_ids, *lengths, *uncounted, *weight)).encode())
         return f"{len(pairs)} pairs, {text.hexdigest()[:16]}"
 
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}

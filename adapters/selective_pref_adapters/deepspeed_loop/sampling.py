@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -110,22 +111,10 @@ def evaluation_batches(
     own = list(pairs[rank::world_size])
     rows = math.ceil(len(pairs) / world_size)
     filler = FILLER if pairs[0].rejected_ids else FILLER.chosen_only()
+    filler = filler if pairs[0].weight is None else replace(filler, weight=1.0)
     filled = [*own, *[filler] * (rows - len(own))]
     starts = range(0, rows, size)
     return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]
-
-
-def first_pairs(stacked: torch.Tensor, count: int | None, pairs: int) -> torch.Tensor:
-    """The rows of the first `count` of B pairs; all of them for None.
-
-    Args:
-        stacked: [2B …], chosen rows first; [B …] without rejected ones.
-        count: at most B.
-        pairs: B.
-    """
-    if count is None or count == pairs:
-        return stacked
-    return torch.cat([side[:count] for side in stacked.split(pairs)])
 
 
 def pair_length(pair: TokenizedPair) -> int:

@@ -17,10 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
-from selective_pref_adapters.models import pad_token_id, usable_length
+from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
+from selective_pref_adapters.models import pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
-from selective_pref_adapters.pairs import RowError, TokenizedPair, Tokenizer, collate, preference_row, tokenize_pairs
+from selective_pref_adapters.pairs import (
+    Columns,
+    RowError,
+    TokenizedPair,
+    Tokenizer,
+    checked_weight,
+    collate,
+    pair_weights,
+    preference_row,
+    tokenize_pairs,
+)
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 _IDS = ("chosen_ids", "rejected_ids", "chosen_prompt_length", "rejected_prompt_length")
@@ -28,7 +38,7 @@ _SPANS = ("chosen_uncounted", "rejected_uncounted")
 
 
 class PreferenceLabels(dict[str, Any]):
-    """The `labels` of a batch: its three tensors [2B T+1], stored reference log-probs as bits, and the rows' places.
+    """The `labels` of a batch: its three tensors [2B T+1], stored log-probs and weights as bits, and the rows' places.
 
     The `Trainer` counts ``labels[..., 1:].ne(-100).sum()`` to learn what a loss has to be divided by: here, one per
     pair.
@@ -77,6 +87,7 @@ class PreferenceCollator:
         max_length: tokens of prompt + completion of a raw row; None for what policy and references can read, at most
             the paper's 4096. `SelectionCallback` sets it, and refuses more than they can read.
         truncation_mode: of raw rows, as in `tokenize_pairs`.
+        columns: of raw rows, as in `preference_row`: ``{"prompt": "question", "chosen": "answer", ...}``.
         reference_store: where stored reference log-probs are looked up; None for a reference that runs.
         scoring_reference_store: likewise, of a second reference from which scores are made (Eq. 6).
         share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
@@ -88,6 +99,7 @@ class PreferenceCollator:
     tokenizer: Tokenizer
     max_length: int | None = None
     truncation_mode: Truncation = "keep_start"
+    columns: Columns | None = field(default=None, kw_only=True)
     reference_store: ReferenceStore | None = None
     scoring_reference_store: ReferenceStore | None = None
     share_prefix: SharePrefix = "auto"
@@ -103,14 +115,6 @@ class PreferenceCollator:
                     f"{name} must be a ReferenceStore; got {type(store).__name__}: ReferenceStore.open(path)"
                 )
             store.check_tokenizer(self.tokenizer)
-
-    def set_max_length(self, models: Mapping[str, Any]) -> None:
-        """Sets `max_length` where it was left open, to what all models can read, at most the paper's 4096.
-
-        Raises:
-            ValueError: `max_length` is more than a model can read.
-        """
-        self.max_length = usable_length(self.max_length, models)
 
     @property
     def stores(self) -> dict[str, ReferenceStore]:
@@ -128,6 +132,8 @@ class PreferenceCollator:
         pairs = self.pairs(rows)
         batch = collate(pairs, pad_token_id(self.tokenizer))
         labels = PreferenceLabels(batch, places=_as_tensor([pair.place for pair in pairs]))
+        if (weights := pair_weights(pairs)) is not None:
+            labels[PAIR_WEIGHTS] = to_bits(weights)
         for key, store in ((REF_LOGPS, self.reference_store), (SCORING_REF_LOGPS, self.scoring_reference_store)):
             if store is not None:
                 labels[key] = to_bits(store.lookup(batch))
@@ -154,11 +160,12 @@ class PreferenceCollator:
         given = {"rejected_ids": [], "rejected_prompt_length": 0, **row} if self.chosen_only else row
         if set(_IDS) <= given.keys():
             spans = {name: tuple((start, end) for start, end in row.get(name) or ()) for name in _SPANS}
-            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place)
+            weight = None if row.get("weight") is None else checked_weight(row["weight"], place)
+            return TokenizedPair(**{name: given[name] for name in _IDS}, **spans, place=place, weight=weight)
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)
-        read = preference_row(dict(row), place, chosen_only=self.chosen_only)
+        read = preference_row(dict(row), place, self.columns, chosen_only=self.chosen_only)
         try:
             (pair,), _ = tokenize_pairs([read], self.tokenizer, max_length=limit, truncation_mode=self.truncation_mode)
         except ValueError as error:

@@ -15,11 +15,12 @@ from selective_pref_adapters.pairs.collate import (
     TokenizedPair,
     collate,
     completion_mask,
+    pair_weights,
     uncounted_spans,
 )
 from selective_pref_adapters.pairs.reading import read_rows, scan_rows
 from selective_pref_adapters.pairs.report import TokenizationReport
-from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, RowError, split_by_prompt
+from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, RowError, checked_weight, split_by_prompt
 from selective_pref_adapters.pairs.schemas import Columns, parse_columns, preference_row
 from selective_pref_adapters.pairs.tokenize import EncodedRow, Tokenizer, encode_rows, tokenize_pairs
 
@@ -35,10 +36,12 @@ __all__ = [
     "TokenizedPair",
     "Tokenizer",
     "check_same_tokenizer",
+    "checked_weight",
     "collate",
     "completion_mask",
     "differing_token",
     "encode_rows",
+    "pair_weights",
     "parse_columns",
     "preference_row",
     "read_rows",

@@ -29,6 +29,7 @@ class TokenizedPair:
         chosen_uncounted, rejected_uncounted: places of the completion that do not count, as they are not the
             assistant's: turns of users and tools between its own. Mostly there are none.
         place: where the row came from (`file.jsonl:17`), for error messages.
+        weight: what the pair's loss is multiplied by, at least 0; None for a pair of rows without weights.
 
     Supervised training reads the chosen side alone: `rejected_ids` is then empty.
     """
@@ -40,6 +41,7 @@ class TokenizedPair:
     chosen_uncounted: Spans = ()
     rejected_uncounted: Spans = ()
     place: str = "?"
+    weight: float | None = None
 
     @property
     def chosen_mask(self) -> np.ndarray:
@@ -68,6 +70,13 @@ def completion_mask(length: int, prompt_length: int, uncounted: Spans = ()) -> n
     for start, end in uncounted:
         mask[start:end] = False
     return mask
+
+
+def pair_weights(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:
+    """The pairs' weights, float32 [B]; None where no pair has one."""
+    if all(pair.weight is None for pair in pairs):
+        return None
+    return torch.tensor([1.0 if pair.weight is None else pair.weight for pair in pairs])
 
 
 def uncounted_spans(counts: Sequence[bool], start: int) -> Spans:

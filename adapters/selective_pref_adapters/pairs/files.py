@@ -235,7 +235,10 @@ def _list_in(whole: Any, name: str) -> list[Any]:
         found = f"an object with the lists {sorted(lists)}" if lists else f"an object with {sorted(whole)}"
     else:
         found = type(whole).__name__
-    raise RowError(f"{name}: expected a list of rows, one row per line, or an object that holds one list; got {found}")
+    raise RowError(
+        f"{name}: expected a list of rows, one row per line, or an object that holds one list; got {found}. Write the "
+        "rows to be read to a file of their own"
+    )
 
 
 def _json(text: bytes, place: str) -> Any:

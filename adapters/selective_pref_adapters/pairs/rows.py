@@ -6,6 +6,7 @@ In: nothing. Out: `PreferenceRow`, what every schema is read into; `RowError`, w
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class PreferenceRow:
         tools: functions that the chat template is told of, as JSON schemas; None for none.
         template_options: further variables of the chat template (`chat_template_kwargs` in TRL's rows).
         schema: the name of the schema that it was read by.
+        weight: what its loss is multiplied by, at least 0; None where the row says nothing of it.
     """
 
     prompt: Prose
@@ -54,6 +56,7 @@ class PreferenceRow:
     tools: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] = field(default_factory=dict[str, Any])
     schema: str = ""
+    weight: float | None = None
 
     @property
     def answers(self) -> tuple[Prose, ...]:
@@ -64,6 +67,26 @@ class PreferenceRow:
     def prompt_key(self) -> str:
         """What two rows with the same prompt share: rows are split for evaluation by it."""
         return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+
+
+def checked_weight(value: Any, place: str) -> float:
+    """A row's weight as a number; text, as a .csv file has it, is read as one.
+
+    Raises:
+        RowError: it is no finite number, or negative.
+    """
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise RowError(
+            f"{place}: 'weight', what the loss of a row is multiplied by, must be a finite number, at least 0; got "
+            f"{value!r:.80}. A column 'weight' of another meaning has to be renamed, or left out as --columns "
+            "prompt=prompt,chosen=chosen,rejected=rejected,weight=none leaves it out",
+            "a weight that is no number",
+        )
+    return weight
 
 
 def split_by_prompt(

@@ -10,7 +10,7 @@ once: an EOS is added to text that has none, and one that a text, a template or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tqdm.auto import tqdm
@@ -120,7 +120,7 @@ def tokenize_pairs(
             report.left_out[NO_COMPLETION if keep_unteachable and reason != UNSEEN else str(reason)] += 1
             continue
         pairs.append(pair)
-        report.unteachable += reason is not None
+        report.unteachable.update([] if reason is None else [reason])
         report.truncated += pair is not encoded.pair
         report.boundary_merged += encoded.merged
         report.tools_unread += encoded.tools_unread
@@ -169,14 +169,14 @@ def truncate(pair: TokenizedPair, max_length: int, mode: Truncation) -> Tokenize
     rejected_ids, rejected_prompt, rejected_uncounted = _cut(
         pair.rejected_ids, pair.rejected_prompt_length, pair.rejected_uncounted, max_length, mode
     )
-    return TokenizedPair(
+    return replace(
+        pair,
         chosen_ids=chosen_ids,
         rejected_ids=rejected_ids,
         chosen_prompt_length=chosen_prompt,
         rejected_prompt_length=rejected_prompt,
         chosen_uncounted=chosen_uncounted,
         rejected_uncounted=rejected_uncounted,
-        place=pair.place,
     )
 
 
@@ -237,6 +237,7 @@ def _encoded(row: PreferenceRow, texts: tuple[str, ...], ids: dict[str, list[int
         chosen_uncounted=uncounted[0],
         rejected_uncounted=uncounted[-1],
         place=row.place,
+        weight=row.weight,
     )
     pair = pair.chosen_only() if row.rejected is None else pair
     template = "" if isinstance(row.prompt, str) else how.template(row.tools)

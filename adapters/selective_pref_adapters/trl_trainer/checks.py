@@ -13,8 +13,12 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from selective_pref import Objective
-from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
-from selective_pref_adapters.models import check_same_tokenizer, check_token_ids, own_vocabulary
+from selective_pref_adapters.model_checks import check_padding, check_policy, check_reloadable
+from selective_pref_adapters.models import (
+    check_same_tokenizer,
+    check_token_ids,
+    own_vocabulary,
+)
 from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
@@ -61,13 +65,7 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
         check_token_ids(
             max(own_vocabulary(tokenizer).values()), {"reference": reference}, where="the policy's tokenizer: "
         )
-    if getattr(model, "is_loaded_in_4bit", False) and trainer.accelerator.device.type == "cpu":
-        raise ValueError(
-            "the policy's weights have 4 bits, and on a CPU bitsandbytes packs them for inference alone as soon as the "
-            "reference computes log-probs: train it on a GPU, or load it without quantization"
-        )
-    check_trainable(model)
-    for note in check_savable(model, tokenizer):
+    for note in check_policy(model, tokenizer, auxiliary_loss=True):
         logger.warning("%s", note)
     if trainer.args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")

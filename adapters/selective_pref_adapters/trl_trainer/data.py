@@ -48,6 +48,7 @@ _FEATURES = Features(
         "chosen_uncounted": _SPANS,
         "rejected_uncounted": _SPANS,
         "place": Value("string"),
+        WEIGHT_COLUMN: Value("float64"),
         "left_out": Value("string"),
         "truncated": Value("bool"),
         "merged": Value("bool"),
@@ -111,22 +112,18 @@ def prepared(
         "mode": truncation_mode,
         "columns": columns,
         "skip": skip_malformed_rows,
-        "drop": streams,
+        "streamed": TokenizationReport(max_length=limit, truncation_mode=truncation_mode) if streams else None,
         "code": _code_digest(),
     }
     options: dict[str, Any] = {"batched": True, "batch_size": 512, "with_indices": True, "fn_kwargs": how}
-    if streams and WEIGHT_COLUMN in first:
-        raise ValueError(
-            f"the {name} data set is a stream whose rows have weights, and rows that are left out would shift them: "
-            "give a datasets.Dataset, or set stock_tokenization"
-        )
     if streams:
-        return dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
-    weighted = {WEIGHT_COLUMN: dataset.features[WEIGHT_COLUMN]} if WEIGHT_COLUMN in first else {}
+        read = dataset.map(_tokenized, remove_columns=list(first), features=_FEATURES, **options)
+        weighted = (columns or {}).get(WEIGHT_COLUMN, WEIGHT_COLUMN) in first
+        return read if weighted else read.remove_columns(WEIGHT_COLUMN)
     done = dataset.map(
         _tokenized,
-        remove_columns=[column for column in dataset.column_names if column not in weighted],
-        features=Features({**_FEATURES, **weighted}),
+        remove_columns=dataset.column_names,
+        features=_FEATURES,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
         **options,
@@ -140,7 +137,8 @@ def prepared(
         )
     if report.kept < report.rows:
         done = done.select([number for number, reason in enumerate(done["left_out"]) if not reason])
-    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread"])
+    no_weights = [WEIGHT_COLUMN] if all(weight is None for weight in done[WEIGHT_COLUMN]) else []
+    return done.remove_columns(["left_out", "truncated", "merged", "tools_unread", *no_weights])
 
 
 def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[TokenizationReport, list[str]]:
@@ -184,10 +182,14 @@ def _tokenized(
     mode: Truncation,
     columns: Mapping[str, str] | None,
     skip: bool,
-    drop: bool,
+    streamed: TokenizationReport | None,
     code: str,
 ) -> dict[str, list[Any]]:
-    """A batch of rows as `Dataset.map` hands it over, with their ids; `code` only makes the cache's key."""
+    """A batch of rows as `Dataset.map` hands it over, with their ids.
+
+    Rows of a stream that are left out are dropped and counted in `streamed`; others are marked. `code` only makes the
+    cache's key.
+    """
     read: list[PreferenceRow | RowError] = []
     for number, index in enumerate(indices):
         raw = {column: values[number] for column, values in batch.items()}
@@ -201,12 +203,29 @@ def _tokenized(
     out: dict[str, list[Any]] = {column: [] for column in _FEATURES}
     for row in read:
         one = _malformed(row) if isinstance(row, RowError) else _fitted(next(encoded), max_length, mode, skip)
-        if drop and one["left_out"]:
-            logger.warning("%s: a streamed pair is left out: %s", name, one["left_out"])
+        if streamed is not None and one["left_out"]:
+            _count(one["left_out"], streamed, name)
             continue
         for column, values in out.items():
             values.append(one[column])
+    if streamed is not None:
+        streamed.rows += len(read)
     return out
+
+
+def _count(reason: str, seen: TokenizationReport, name: str) -> None:
+    """Counts a row of a stream that is left out, and tells the totals at the 1st, 2nd, 4th, 8th, …"""
+    if malformed := reason.startswith(_MALFORMED):
+        reason = reason.removeprefix(_MALFORMED)
+        seen.malformed += 1
+    else:
+        seen.left_out[reason] += 1
+    count = seen.malformed + sum(seen.left_out.values())
+    if count & (count - 1) == 0:
+        told = [f"{n} {why} ({seen.remedy(why)})" for why, n in seen.left_out.most_common()]
+        told += [f"{seen.malformed} malformed"] if seen.malformed else []
+        last = f"; the last: {reason}" if malformed else ""
+        logger.warning("%s: %d streamed rows left out so far: %s%s", name, count, "; ".join(told), last)
 
 
 def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> PreferenceRow:
@@ -217,7 +236,7 @@ def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> 
 
 def _malformed(error: RowError) -> dict[str, Any]:
     empty: dict[str, Any] = {column: [] for column in _FEATURES if column.endswith(("ids", "uncounted"))}
-    flags = {"truncated": False, "merged": False, "tools_unread": False}
+    flags = {"truncated": False, "merged": False, "tools_unread": False, WEIGHT_COLUMN: None}
     return {**empty, **flags, "place": "", "left_out": f"{_MALFORMED}{error}"}
 
 
@@ -236,6 +255,7 @@ def _fitted(encoded: Any, max_length: int, mode: Truncation, skip: bool) -> dict
         "chosen_uncounted": [list(span) for span in pair.chosen_uncounted],
         "rejected_uncounted": [list(span) for span in pair.rejected_uncounted],
         "place": pair.place,
+        WEIGHT_COLUMN: pair.weight,
         "left_out": reason or "",
         "truncated": cut is not pair,
         "merged": encoded.merged,

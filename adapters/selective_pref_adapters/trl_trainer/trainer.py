@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,7 @@ from selective_pref_adapters.monitoring import (
 )
 from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference, policy_weights
 from selective_pref_adapters.pairs import parse_columns
+from selective_pref_adapters.seeing.trackers import SelectionPictures
 from selective_pref_adapters.trl_trainer.checks import (
     check_arguments,
     check_built,
@@ -57,10 +59,10 @@ from selective_pref_adapters.trl_trainer.data import (
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
-from selective_pref_adapters.trl_trainer.pictures import SelectionPictures
+from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
-from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, WithPairWeights, are_weighted, check_weights
+from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, with_pair_weights
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +162,8 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         take_back_forward(self.model)
         self._use_own_collator()
-        if any(are_weighted(dataset) for dataset in [train_dataset, *_all_sets(eval_dataset)]):
-            check_weights(args.loss_type, train_dataset)
-            self.data_collator = WithPairWeights(collator=self.data_collator)
+        sets = [self.train_dataset, *_all_sets(self.eval_dataset)]
+        self.data_collator = with_pair_weights(self.data_collator, args.loss_type, sets)
         if args.disable_dropout:  # TRL reaches the rates of `nn.Dropout` alone
             switch_off_dropout(self.model)
         self._check_once()
@@ -170,7 +171,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
         self.precompute_ref_logps = self.reference.built()
         if args.picture_pairs:
-            self.add_callback(SelectionPictures(self, args.picture_pairs))
+            self.add_callback(SelectionPictures(self, args.picture_pairs, partial(shown_rows, self)))
         selects = selects_by_alignment(args, objective)
         if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
             logger.warning("%s", SELF_REFERENCE)
@@ -335,13 +336,12 @@ class SelectiveDPOTrainer(DPOTrainer):
     ) -> None:
         """Adds a micro-batch to what is logged next: its first `own` pairs; others were seen before."""
         pairs = len(out.losses)
-        if own < pairs:
-            rows = torch.arange(2 * pairs, device=logps.device) % pairs < max(own, 1)
-            inputs = {name: inputs[name][rows] for name in ("completion_mask", "attention_mask")}
+        if 0 < own < pairs:
+            counted = torch.arange(pairs) < own
+            out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=out.pair_weights, pairs=counted)
+            rows = counted.repeat(2)
+            inputs = {"attention_mask": inputs["attention_mask"][rows]}
             statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})
-            weights = None if out.pair_weights is None else out.pair_weights[rows[:pairs]]
-            some_ref = None if ref_logps is None else ref_logps[rows]
-            out = loss_of_batch(self.objective, inputs, logps[rows], some_ref, pair_weights=weights)
         metrics = batch_metrics(inputs, out, statistics)
         if auxiliary is not None:
             metrics["aux_loss"] = auxiliary

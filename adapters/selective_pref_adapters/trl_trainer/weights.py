@@ -5,16 +5,19 @@ In: rows with a weight, a number at least 0. Out: batches with their weights, by
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from selective_pref_adapters.batch import PAIR_WEIGHTS, to_bits
-from selective_pref_adapters.named_losses import check_pairs_can_be_weighted
+from selective_pref_adapters.named_losses import check_pair_weights, check_pairs_can_be_weighted, weights_line
+from selective_pref_adapters.pairs import checked_weight
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_COLUMN = "weight"
 
@@ -27,29 +30,43 @@ class WithPairWeights:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The collated batch with `PAIR_WEIGHTS` [B]; 1 for a row without a weight."""
-        weights = torch.tensor([float(example.get(WEIGHT_COLUMN, 1.0)) for example in examples])
-        return {**self.collator(examples), PAIR_WEIGHTS: to_bits(weights)}
+        weights = [checked_weight(example.get(WEIGHT_COLUMN, 1.0), "a row of a batch") for example in examples]
+        return {**self.collator(examples), PAIR_WEIGHTS: to_bits(torch.tensor(weights))}
 
 
-def are_weighted(dataset: Any) -> bool:
-    """Whether the rows of a data set have weights."""
-    return WEIGHT_COLUMN in (getattr(dataset, "column_names", None) or [])
-
-
-def check_weights(loss_type: Sequence[str], dataset: Any) -> None:
-    """Raises ValueError at a weight that is none, or where nothing would be learnt.
+def with_pair_weights(collator: Any, loss_type: Sequence[str], datasets: Sequence[Any]) -> Any:
+    """The collator, adding the rows' weights if they have any.
 
     Args:
+        collator: makes the batches.
         loss_type: the losses that are to be multiplied.
-        dataset: the training rows. Of a stream, only batches can be looked at: there a bad weight makes a loss that is
-            not finite.
+        datasets: for training first, then those for evaluation. Of a stream, each row is looked at when it is read.
+
+    Raises:
+        ValueError: a weight that is no number, is negative or not finite; weights that are all 0, or that only some
+            rows have; losses that belong to no single pair.
     """
+    weighted = [WEIGHT_COLUMN in _columns(dataset) for dataset in datasets]
+    if not any(weighted):
+        return collator
     check_pairs_can_be_weighted(loss_type)
-    if not isinstance(dataset, Dataset) or not are_weighted(dataset):
-        return
-    weights = dataset[WEIGHT_COLUMN]
-    for row, weight in enumerate(weights):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise ValueError(f"weight of row {row} must be a finite number, at least 0; got {weight!r}")
-    if not any(weights):
-        raise ValueError("every weight is 0, so no row would be learnt from: leave the column out, or scale it")
+    for number, dataset in enumerate(datasets):
+        if weighted[number] and isinstance(dataset, Dataset):
+            _check(loss_type, dataset, "eval" if number else "train")
+    return WithPairWeights(collator=collator)
+
+
+def _columns(dataset: Any) -> Iterable[str]:
+    """Names of the columns; of a stream that does not know them, as its first row has them."""
+    names = getattr(dataset, "column_names", None)
+    return names or (next(iter(dataset), {}) if isinstance(dataset, IterableDataset) else [])
+
+
+def _check(loss_type: Sequence[str], dataset: Dataset, name: str) -> None:
+    weights = [
+        None if weight is None else checked_weight(weight, f"{name}, row {number}")
+        for number, weight in enumerate(dataset[WEIGHT_COLUMN])
+    ]
+    check_pair_weights(weights, loss_type, name)
+    for line in weights_line(weights):
+        logger.info("%s: %s", name, line)

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selective_pref_adapters.pairs.messages import json_or
-from selective_pref_adapters.pairs.rows import PreferenceRow, Prose, RowError
+from selective_pref_adapters.pairs.rows import PreferenceRow, Prose, RowError, checked_weight
 from selective_pref_adapters.pairs.schemas.readers import ANSWER_COLUMNS, ONE_ANSWER, TWO_ANSWERS, Schema
 from selective_pref_adapters.pairs.split import split_pair
 
 Columns = Mapping[str, str]
 """Name here → column of the file."""
-NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
+NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "weight")
 """What `columns` may name."""
-_ALWAYS = ("tools", "chat_template_kwargs")
+_ALWAYS = ("tools", "chat_template_kwargs", "weight")
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
@@ -46,8 +46,9 @@ def preference_row(row: Any, place: str, columns: Columns | None = None, *, chos
     Args:
         row: what a file or a data set holds: a dict.
         place: where it came from, for error messages.
-        columns: which columns hold `prompt`, `chosen`, `rejected`, `system`, `tools`, `chat_template_kwargs`, where
-            they have other names than the schema that the row would be read by. Other columns are then not looked at.
+        columns: which columns hold `prompt`, `chosen`, `rejected`, `system`, `tools`, `chat_template_kwargs`,
+            `weight`, where they have other names than the schema that the row would be read by. Other columns are then
+            not looked at.
         chosen_only: for supervised training: `rejected` is left out, and rows of a prompt and one answer will do.
 
     Raises:
@@ -80,6 +81,7 @@ def preference_row(row: Any, place: str, columns: Columns | None = None, *, chos
         tools=tools,
         template_options=options,
         schema=_name_of(schema, prompt, "prompt" in filled),
+        weight=checked_weight(filled["weight"], place) if "weight" in filled else None,
     )
 
 
