@@ -3,7 +3,7 @@
 In: a plan (tables, seeds, learning rates). Out: a folder with one file for each run. A file that is there is not run
 again, so a sweep that was killed goes on where it was; runs go to as many processes as are asked for.
 
-    worlds of all seeds → tuning: every method at every rate, on seeds of their own → the best rate → tests on other seeds
+    worlds → tuning: every method at every rate, on seeds of its own → the best rate → tests on other seeds
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def tables_of(folder: Path, plan: Plan, rates: dict[str, float]) -> list[Table]:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown: success and its distance, form, entropy and KL where nothing is decided, in percent or nats."""
+    """A table as Markdown: success and its distance in percent, form, and entropy and KL in nats."""
     times = [time for time in table.rows[0].measured if time != "0"]
     compared = METHODS[table.against].title
     columns = ["", "rate", *(f"right, {time}x, %" for time in times), *(f"− {compared}, {time}x" for time in times)]
