@@ -1,15 +1,18 @@
 """What the pages say is run: every ```python block of the README and of docs/, in order, one namespace a page.
 
-Where a ```text block directly follows, the printed output must equal it.
+A ```python title="name.py" block is a script for several processes: those of a page are saved beside each other and run
+in two processes, as `torchrun` would. Where a ```text block directly follows, the printed output must equal it.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ from selective_pref import testing
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
 OUTPUTS = ("text", "console output")
+PYTHON = re.compile(r'python(?: title="(?P<title>[\w.]+)")?')
+OPTIONAL = ("lightning_fabric", "optax")  # needed by one block of a page, and skipped where it is not installed
 FENCE = re.compile(r"^```(?P<kind>[^\n`]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -33,17 +38,21 @@ class Block:
     code: str
     line: int
     output: str | None
+    title: str | None = None
 
 
-def blocks_of(text: str) -> list[Block]:
+def blocks_of(text: str, scripts: bool = False) -> list[Block]:
+    """The blocks of a page that are run one after the other, or those with a title."""
     fences = list(FENCE.finditer(text))
     blocks = []
     for fence, after in zip(fences, [*fences[1:], None], strict=False):
-        if fence["kind"].strip() != "python":
+        kind = PYTHON.fullmatch(fence["kind"].strip())
+        if kind is None or (kind["title"] is not None) != scripts:
             continue
         shown = after is not None and after["kind"].strip() in OUTPUTS and not text[fence.end() : after.start()].strip()
         line = text.count("\n", 0, fence.start("body"))
-        blocks.append(Block(code=fence["body"], line=line, output=after["body"] if after and shown else None))
+        output = after["body"] if after and shown else None
+        blocks.append(Block(code=fence["body"], line=line, output=output, title=kind["title"]))
     return blocks
 
 
@@ -65,13 +74,58 @@ def pages_with_code() -> list[Path]:
 @pytest.mark.parametrize("page", pages_with_code(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(page)
+    try:
+        run(page)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        pytest.skip(f"the rest of the page needs {error.name}")
+
+
+def pages_with_scripts() -> list[Path]:
+    return [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"), scripts=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with_scripts(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_scripts_run_in_two_processes_and_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
+    """All of a page in one start of two processes, since importing torch takes longer than any of them."""
+    blocks = blocks_of(page.read_text(encoding="utf-8"), scripts=True)
+    for block in blocks:
+        (tmp_path / str(block.title)).write_text(block.code, encoding="utf-8")
+    scripts = [block for block in blocks if block.output is not None]
+    lacking = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
+    scripts = [block for block in scripts if not any(f"from {name} " in block.code for name in lacking)]
+    ports = [str(port) for port in free_ports(len(scripts))]
+    arguments = [word for pair in zip(ports, (str(block.title) for block in scripts), strict=True) for word in pair]
+    command = [sys.executable, str(ROOT / "tests" / "two_processes.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), *arguments], cwd=tmp_path, env=env, **streams) for rank in (0, 1)]
+    try:
+        results = [rank.communicate(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], results[0][1] + results[1][1]
+    printed = dict(part.split("\n", 1) for part in results[0][0].split("### ")[1:])
+    for block in scripts:  # a library may say something before
+        assert printed[str(block.title)].endswith(block.output), f"{block.title}: {printed[str(block.title)]}"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_python_block_escapes_the_check(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert len(re.findall(r"^\s*(?:```+|~~~+)\s*\{?\.?py", text, re.MULTILINE)) == len(blocks_of(text))
+    blocks = [*blocks_of(text), *blocks_of(text, scripts=True)]
+    assert len(re.findall(r"^\s*(?:```+|~~~+)\s*\{?\.?py", text, re.MULTILINE)) == len(blocks)
 
 
 def test_a_wrong_output_and_a_raising_block_are_caught(tmp_path: Path) -> None:

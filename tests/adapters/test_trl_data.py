@@ -89,6 +89,30 @@ def test_the_trainer_has_the_ids_of_training(tmp_path: Path, policy_folder: Path
         assert made.evaluate(rows[:5])["eval_loss"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
+@pytest.mark.parametrize(("length", "mode"), [(6, "keep_start"), (4, "keep_start"), (6, "keep_end"), (3, "keep_end")])
+def test_the_trainer_cuts_and_leaves_out_as_training_does(
+    tmp_path: Path, policy_folder: Path, length: int, mode: Any
+) -> None:
+    """From the options of its configuration on, through its own collator."""
+    turns = [
+        {"role": role, "content": word} for role, word in (("assistant", "w1"), ("user", "w2"), ("assistant", "w3"))
+    ]
+    talk = {"prompt": [{"role": "user", "content": "w0"}], "chosen": turns, "rejected": turns[2:]}
+    alike = [{"prompt": "w9 ", "chosen": f"{word} w1 w2", "rejected": "w7 w1 w2"} for word in ("w7", "w8")]
+    rows = read_rows(write_jsonl(tmp_path / "rows.jsonl", [*TEXT, talk, *alike]))
+    pairs, report = tokenize_pairs(
+        rows, AutoTokenizer.from_pretrained(policy_folder), max_length=length, truncation_mode=mode
+    )
+    assert report.truncated
+    assert report.left_out
+    made = trainer(tmp_path, policy_folder, rows, max_length=length, truncation_mode=mode)
+    assert [row["place"] for row in made.train_dataset] == [pair.place for pair in pairs]
+    batch = made.data_collator(list(made.train_dataset))
+    for key, tensor in collate(pairs, made.processing_class.pad_token_id).items():
+        assert torch.equal(batch[key], tensor), key
+
+
 def test_a_store_that_score_filled_serves_dpo(
     tmp_path: Path, policy_folder: Path, reference_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,6 +128,19 @@ def test_rows_count_for_their_weight(policy_folder: Path, reference_folder: Path
     assert first(ROWS[:3])["grad_norm"] != pytest.approx(repeated["grad_norm"], rel=1e-3)
 
 
+def test_weights_of_rows_and_of_the_policy_are_multiplied(
+    policy_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    args = settings(tmp_path, max_steps=1, use_weighting=True, selection_ratio=0.4)
+
+    def first(rows: list[Any]) -> dict[str, float]:
+        return run(policy_folder, reference_folder, SelectiveDPOConfig(**args), rows)[0]
+
+    plain, twice = first(ROWS[:4]), first([{**row, "weight": 2} for row in ROWS[:4]])
+    for name in ("loss", "grad_norm", "pair_weight"):
+        assert twice[name] == pytest.approx(2 * plain[name], rel=1e-5)
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_the_rows_of_a_stream_have_weights(
     policy_folder: Path, reference_folder: Path, tmp_path: Path, stock: bool

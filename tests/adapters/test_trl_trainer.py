@@ -40,7 +40,7 @@ from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPO
 from selective_pref_adapters.trl_trainer import config as trl_config
 from selective_pref_adapters.trl_trainer import reference as trl_reference
 from selective_pref_adapters.trl_trainer.config import check_trl_version
-from tiny import make_model, text_rows, write_jsonl
+from tiny import make_mixture, make_model, text_rows, weighted, write_jsonl
 
 Make = Callable[..., SelectiveDPOTrainer]
 ROWS = text_rows(48)
@@ -713,7 +713,7 @@ def test_the_default_length_is_what_all_models_can_read(make: Make, tmp_path: Pa
 def test_rows_that_were_scored_at_another_length_name_it(make: Make, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     make(reference_store=store)
-    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; score them with the same --max-length"):
+    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; fill the store with the same"):
         make(reference_store=store, ref_model=None, max_length=7)
 
 
@@ -932,15 +932,16 @@ def test_the_two_name_change_of_the_page(
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Path, make: Make) -> None:
-    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, a self-reference, and NaN on one rank alone.
+    """One launch: DDP, ZeRO-2, ZeRO-3, bf16, LoRA, the store, weights, experts, and NaN on one rank alone.
 
     Two processes share prompts; the one that they are compared with computes padded rows.
     """
     script = Path(__file__).with_name("trl_two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "adapters"))
+    mixture = make_mixture(tmp_path / "mixture", seed=1)
     run = subprocess.run(
-        [*command, str(policy_folder), str(reference_folder), str(tmp_path)],
+        [*command, *map(str, (policy_folder, reference_folder, mixture, tmp_path))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -964,6 +965,15 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
         ):  # 5 pairs on 2 processes: 3 repeated
             expected = pytest.approx(evaluated[f"eval_{metric}"], rel=2e-4, abs=2e-6)
             assert lines[name]["eval"][f"eval_{metric}"] == expected, (name, metric)
+    same_batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4}
+    for name, options, metrics in (
+        ("weights", {"train_dataset": Dataset.from_list(weighted(ROWS)), "use_weighting": True}, ("pair_weight",)),
+        ("experts", {"model": load(mixture), "router_aux_loss_coef": 0.5}, ("aux_loss",)),
+    ):
+        steps = steps_of(trained(make(**same_batches, **options)))
+        for step, (one, two) in enumerate(zip(steps, lines[name]["steps"], strict=True)):
+            for metric in ("loss", "grad_norm", "rewards/margins", *metrics):
+                assert two[metric] == pytest.approx(one[metric], rel=5e-5, abs=5e-6), (name, step, metric)
     exact = [line["loss"] for line in lines["zero3"]["steps"]]
     for name in ("zero3 bf16", "zero3 bf16 store"):
         assert [line["loss"] for line in lines[name]["steps"]] == pytest.approx(exact, rel=2e-2)

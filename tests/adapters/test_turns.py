@@ -124,7 +124,7 @@ def test_a_store_tells_rows_apart_by_what_counts_in_them(tmp_path: Path, referen
     """The same ids, from the same prompt on, but the middle turn counts in one row and not in the other."""
     ids = [1, 5, 6, 7, 8, 9, 2]
     sides = {"chosen_ids": ids, "rejected_ids": [1, 5, 7, 2], "chosen_prompt_length": 2, "rejected_prompt_length": 2}
-    pairs = [TokenizedPair(**sides, chosen_unscored=spans, place=str(spans)) for spans in (((3, 5),), ((4, 6),), ())]
+    pairs = [TokenizedPair(**sides, chosen_uncounted=spans, place=str(spans)) for spans in (((3, 5),), ((4, 6),), ())]
     model, tokenizer = (kind.from_pretrained(reference_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
     store = ReferenceStore.create(tmp_path / "store", reference_space(model, tokenizer))
     assert fill_store(store, pairs, model, pad_token_id=0, progress=False).computed == 4  # one rejected side for all
@@ -132,7 +132,7 @@ def test_a_store_tells_rows_apart_by_what_counts_in_them(tmp_path: Path, referen
     stored, computed = store.lookup(batch), frozen_per_token_logps(model.eval(), batch)
     mask = batch["completion_mask"][:, 1:] != 0
     torch.testing.assert_close(stored[mask], computed[mask], rtol=1e-5, atol=1e-5)
-    other = TokenizedPair(**sides, chosen_unscored=((5, 6),), place="other")
+    other = TokenizedPair(**sides, chosen_uncounted=((5, 6),), place="other")
     with pytest.raises(MissingRowsError, match="1 of 1 pairs are not in the store"):
         store.check([other])
 

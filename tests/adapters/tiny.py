@@ -129,3 +129,8 @@ def text_rows(count: int) -> list[dict[str, str]]:
 
     prompts = [some(2, 6) for _ in range(5)]
     return [{"prompt": prompts[i % 5] + " ", "chosen": some(1, 9), "rejected": some(1, 9)} for i in range(count)]
+
+
+def weighted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with a weight; their mean is 1."""
+    return [{**row, "weight": (0.0, 0.5, 1.0, 2.5)[number % 4]} for number, row in enumerate(rows)]

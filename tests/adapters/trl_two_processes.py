@@ -1,6 +1,6 @@
 """What each of two processes runs for `test_trl_trainer.py::test_two_processes`: one trainer after another.
 
-    torchrun --nproc_per_node 2 trl_two_processes.py POLICY REFERENCE FOLDER
+    torchrun --nproc_per_node 2 trl_two_processes.py POLICY REFERENCE MIXTURE FOLDER
 
 Writes FOLDER/runs.jsonl, a line [name, what was seen] for each run.
 """
@@ -26,7 +26,7 @@ from selective_pref_adapters import heads
 from selective_pref_adapters.batch import REF_LOGPS, from_bits
 from selective_pref_adapters.shared_prefix import layout
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from tiny import text_rows
+from tiny import text_rows, weighted
 
 ROWS = text_rows(48)
 
@@ -43,7 +43,9 @@ def zero(stage: int, bf16: bool = False) -> dict[str, Any]:
     }
 
 
-def make(policy: str, folder: Path, ref_model: Any = None, peft_config: Any = None, **changed: Any) -> Any:
+def make(
+    policy: str, folder: Path, ref_model: Any = None, peft_config: Any = None, rows: Any = ROWS, **changed: Any
+) -> Any:
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "use_cpu": True,
@@ -64,7 +66,7 @@ def make(policy: str, folder: Path, ref_model: Any = None, peft_config: Any = No
         model=policy,
         ref_model=ref_model,
         args=args,
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(ROWS[:5]),
         processing_class=AutoTokenizer.from_pretrained(policy),
         peft_config=peft_config,
@@ -85,7 +87,7 @@ def count_shared() -> list[int]:
     return shared
 
 
-def main(policy: str, reference: str, folder: Path) -> None:
+def main(policy: str, reference: str, mixture: str, folder: Path) -> None:
     def note(name: str, seen: Any) -> None:
         if dist.get_rank() == 0:
             with (folder / "runs.jsonl").open("a") as file:
@@ -126,10 +128,12 @@ def main(policy: str, reference: str, folder: Path) -> None:
         "zero3 bf16 store": {"reference_store": store, "deepspeed": zero(3, bf16=True), "bf16": True},
         "zero3 self": {"deepspeed": zero(3)},
         "zero3 lora": {"peft_config": lora, "deepspeed": zero(3)},
+        "weights": {"ref_model": reference, "rows": weighted(ROWS), "use_weighting": True},
+        "experts": {"policy": mixture, "ref_model": reference, "router_aux_loss_coef": 0.5},
     }
     for name, changed in runs.items():
         before = shared[0]
-        trainer = make(policy, folder, **changed)
+        trainer = make(folder=folder, **{"policy": policy, **changed})
         trainer.train()
         sharded = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
         steps = [line for line in trainer.state.log_history if "loss" in line]
@@ -153,4 +157,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute otherwise
     deepspeed.init_distributed("gloo", verbose=False)
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(*sys.argv[1:4], Path(sys.argv[4]))

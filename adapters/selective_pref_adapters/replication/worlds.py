@@ -26,6 +26,7 @@ from selective_pref_adapters.batch import labels_of, responses
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
+from selective_pref_adapters.replication.judging import decisive_mask
 from selective_pref_adapters.replication.language import (
     OTHER_STYLE,
     PLAIN,
@@ -39,8 +40,7 @@ from selective_pref_adapters.replication.language import (
     supervised_texts,
     write_rows,
 )
-from selective_pref_adapters.replication.measures import decisive_mask
-from selective_pref_adapters.replication.supervised import SUPERVISED_BATCH, load, make_model, save, train_supervised
+from selective_pref_adapters.replication.runs import SUPERVISED_BATCH, load, make_model, save, train_supervised
 
 HELD_OUT_PROMPTS = 0.2
 SUPERVISED_ERRORS = 0.5

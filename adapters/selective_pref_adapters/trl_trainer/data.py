@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -65,9 +65,17 @@ def dataset_of_rows(rows: Sequence[PreferenceRow]) -> Dataset:
     return Dataset.from_dict({READ_ROW: [json.dumps(asdict(row)) for row in rows]}, features=features)
 
 
-def is_list_of_rows(data: Any) -> bool:
-    """Whether data are rows as `read_rows` gives them."""
-    return isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+def as_datasets(data: Any) -> Any:
+    """One data set, or several by name, as TRL takes them: a list of rows, as `read_rows` gives it, becomes one."""
+    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+        return {name: as_datasets(one) for name, one in data.items()}
+    rows = isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+    return dataset_of_rows(data) if rows else data
+
+
+def all_sets(datasets: Any) -> list[Any]:
+    """One data set, several by name, or None, as a list."""
+    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
 
 
 def prepared(

@@ -1,7 +1,4 @@
-"""What is measured of a model on the small language: sampled answers, and which tokens of a pair decide.
-
-In: models, prompts, pairs. Out: rates with their errors, masks of the decisive tokens.
-"""
+"""Is an answer right, and does a selected token decide? In: models of the demo. Out: rates and shares."""
 
 from __future__ import annotations
 
@@ -13,8 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref import select
+from selective_pref_adapters.batch import responses
+from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.pairs import TokenizedPair, collate
 from selective_pref_adapters.replication.language import Language, decisive_words, is_right
+from selective_pref_adapters.replication.runs import RATIO
 
 MAX_ANSWER = 24  # tokens; the longest right answer has 21
 
@@ -57,6 +58,16 @@ class Rate:
         return f"{100 * self.value:.1f} %"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Share of decisive tokens, in [0, 1]: among the selected ones, and among all tokens of the responses."""
+
+    chosen: float
+    rejected: float
+    chosen_base: float
+    rejected_base: float
+
+
 def sample_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int
 ) -> list[str]:
@@ -92,11 +103,26 @@ def decisive_mask(
     return masks[0], masks[1]
 
 
-def difference(one: Rate, other: Rate) -> int:
-    """1 if `one` is above `other` by more than two standard errors, −1 if below, 0 if neither."""
-    error = math.hypot(one.error, other.error)
-    gap = one.value - other.value
-    return 0 if abs(gap) <= 2 * error else (1 if gap > 0 else -1)
+def decisive_share(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    pairs: Sequence[TokenizedPair],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Share:
+    """How much of the selected weight lies on decisive tokens: Σ weight·decisive / Σ weight, over all pairs.
+
+    The base rate is the same with weight 1 on every token of the responses.
+    """
+    batch = collate(pairs, tokenizer.pad_token_id)
+    with torch.no_grad():
+        logps, ref_logps = model_per_token_logps(policy, batch), model_per_token_logps(reference, batch)
+    sides = select(*responses(batch, logps, ref_logps), selection_ratio=RATIO)
+    decisive = decisive_mask(pairs, tokenizer, logps.shape[1])
+    selected = [
+        float((s.token_weights * d).sum() / s.token_weights.sum()) for s, d in zip(sides, decisive, strict=True)
+    ]
+    base = [float(d.sum() / s.mask.sum()) for s, d in zip(sides, decisive, strict=True)]
+    return Share(chosen=selected[0], rejected=selected[1], chosen_base=base[0], rejected_base=base[1])
 
 
 def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
