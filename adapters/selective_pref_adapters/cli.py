@@ -43,12 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selective-pref {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = {"score": "computed rows are stored", "inspect": "nothing was written", "report": "nothing was written"}
+        left = {
+            "score": "computed rows are stored",
+            "inspect": "nothing was written",
+            "report": "nothing was written",
+            "replicate": "runs that have ended are kept, and the same command goes on",
+        }
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = {"score": "score", "dpo": "trl", "inspect": "seeing", "report": "seeing"}.get(command, "deepspeed")
+        extra = {"score": "score", "dpo": "trl", "inspect": "seeing", "report": "seeing", "replicate": "replicate"}.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -153,11 +158,11 @@ def _replicate(arguments: list[str]) -> None:
     run again: the same command goes on after a kill. `--config FILE.yaml` reads flags from a file; flags on the command
     line win.
     """
-    from selective_pref_adapters.replication.options import ReplicateConfig
+    from selective_pref_adapters.replication.study.options import ReplicateConfig
 
     config = _options(ReplicateConfig, arguments, "replicate")
 
-    from selective_pref_adapters.replication.command import replicate
+    from selective_pref_adapters.replication.study.command import replicate
 
     replicate(config)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from selective_pref_adapters.cli import main
-from selective_pref_adapters.replication import sweep as sweeps
-from selective_pref_adapters.replication.methods import METHODS
-from selective_pref_adapters.replication.sweep import (
+from selective_pref_adapters.replication.study import sweep as sweeps
+from selective_pref_adapters.replication.study.methods import METHODS
+from selective_pref_adapters.replication.study.sweep import (
     Plan,
     SweepError,
     Variation,
@@ -22,8 +22,8 @@ from selective_pref_adapters.replication.sweep import (
     path_of,
     sweep,
 )
-from selective_pref_adapters.replication.tables import markdown, mean_of, tables_of
-from selective_pref_adapters.replication.worlds import FULL, TINY
+from selective_pref_adapters.replication.study.tables import markdown, mean_of, tables_of
+from selective_pref_adapters.replication.study.worlds import FULL, TINY
 
 PLAN = Plan(
     scale=TINY,

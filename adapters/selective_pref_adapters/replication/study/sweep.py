@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.replication.methods import METHODS
-from selective_pref_adapters.replication.trials import Run, train
-from selective_pref_adapters.replication.worlds import FULL, SWAPPED_LABELS, Scale, World, prepare
+from selective_pref_adapters.replication.study.methods import METHODS
+from selective_pref_adapters.replication.study.trials import Run, train
+from selective_pref_adapters.replication.study.worlds import FULL, SWAPPED_LABELS, Scale, World, prepare
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SETTINGS_FILE = "settings.json"

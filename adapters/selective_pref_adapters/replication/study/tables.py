@@ -14,8 +14,16 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from selective_pref_adapters.replication.methods import BETAS, BEYOND, CONTROLS, METHODS, RATIOS, STRANGER, TABLE_1
-from selective_pref_adapters.replication.sweep import USUAL, Plan, Variation, cells_of_tests, read_cell
+from selective_pref_adapters.replication.study.methods import (
+    BETAS,
+    BEYOND,
+    CONTROLS,
+    METHODS,
+    RATIOS,
+    STRANGER,
+    TABLE_1,
+)
+from selective_pref_adapters.replication.study.sweep import USUAL, Plan, Variation, cells_of_tests, read_cell
 
 CHANCE = 0.95
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.replication.methods import METHODS
-from selective_pref_adapters.replication.options import ReplicateConfig
-from selective_pref_adapters.replication.plots import figures_of
-from selective_pref_adapters.replication.sweep import Plan, Variation, sweep
-from selective_pref_adapters.replication.tables import markdown, record, tables_of
-from selective_pref_adapters.replication.worlds import TINY
+from selective_pref_adapters.replication.study.methods import METHODS
+from selective_pref_adapters.replication.study.options import ReplicateConfig
+from selective_pref_adapters.replication.study.plots import figures_of
+from selective_pref_adapters.replication.study.sweep import Plan, Variation, sweep
+from selective_pref_adapters.replication.study.tables import markdown, record, tables_of
+from selective_pref_adapters.replication.study.worlds import TINY
 from selective_pref_adapters.seeing.figures import write_figures
 
 ON_OTHER_DATA = ("dpo", "selective_strong", "veto", "distillation")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selective_pref_adapters.replication.tables import Mean, Row, Table
+from selective_pref_adapters.replication.study.tables import Mean, Row, Table
 from selective_pref_adapters.seeing.figures import CHOSEN, LINES, REJECTED, SOFT, Figure, figure
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from selective_pref import Response, alignment_scores, select
 from selective_pref_adapters.replication.judging import auc, sample_answers, success_rate
 from selective_pref_adapters.replication.language import is_well_formed
-from selective_pref_adapters.replication.methods import RATIO, Method, Seen
-from selective_pref_adapters.replication.worlds import (
+from selective_pref_adapters.replication.study.methods import RATIO, Method, Seen
+from selective_pref_adapters.replication.study.worlds import (
     SWAPPED_LABELS,
     Texts,
     World,
