@@ -123,3 +123,10 @@ def decisive_share(
     ]
     base = [float(d.sum() / s.mask.sum()) for s, d in zip(sides, decisive, strict=True)]
     return Share(chosen=selected[0], rejected=selected[1], chosen_base=base[0], rejected_base=base[1])
+
+
+def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
+    """The chance that one of `positive` is above one of `negative`, ties counting half: ROC area."""
+    below = torch.searchsorted(negative.sort().values, positive).double()
+    not_above = torch.searchsorted(negative.sort().values, positive, right=True).double()
+    return float((below + not_above).mean() / (2 * len(negative)))
