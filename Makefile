@@ -7,13 +7,15 @@ READY := .venv/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup test test-processors lint demo docs bench clean
+.PHONY: help setup test test-processors test-lowest lint demo docs dist-check bench clean
 
 help:
 	@echo "make test    lint, types and tests (sets up .venv first)"
 	@echo "make test-processors    the tests with the kernels of other processors, and with two threads"
 	@echo "make demo    a small language task, start to finish, in under five minutes"
 	@echo "make docs    builds the documentation into site/"
+	@echo "make dist-check      builds sdist and wheel into dist/, and tries both in other folders"
+	@echo "make test-lowest     the tests with the lowest supported version of every dependency (downloads 3 GB)"
 	@echo "make bench   the benchmark of the selection"
 	@echo "make clean   removes .venv and what was built"
 
@@ -36,12 +38,28 @@ lint: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The same tests as other processors would see them: other kernels, other orders of summation, two threads.
+# The same tests as other processors would see them: other kernels, other orders of summation, two threads. Each has a
+# compiler's cache of its own: inductor would take code that was generated for another instruction set from a shared one.
+PROCESSORS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2
 test-processors: $(READY)
-	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 --dist worksteal
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 --dist worksteal
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 --dist worksteal
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@for setting in $(PROCESSORS); do \
+		echo "== $$setting"; \
+		env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.venv/inductor/$$setting $$setting \
+			$(BIN)/python -m pytest -n 2 --dist worksteal || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed with$$failed"; exit 1; }
+
+# In an environment of its own: torch of 2025 from PyPI comes with CUDA's libraries.
+LOWEST := .venv-lowest
+test-lowest:
+	test -d $(LOWEST) || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
+		--editable '.[all]' array-api-strict hypothesis pytest pytest-timeout pytest-xdist
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+
+dist-check: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[release]'
+	$(BIN)/python tests/check_dist.py dist
 
 demo: $(READY)
 	$(BIN)/selective-pref demo
@@ -53,4 +71,4 @@ bench: $(READY)
 	$(BIN)/python tests/benchmarks/bench_selection.py
 
 clean:
-	rm -rf .venv site dist build
+	rm -rf .venv .venv-lowest site dist build

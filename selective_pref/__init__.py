@@ -31,7 +31,7 @@ from selective_pref.selection import Ties, quantile_weights, ratio_digits, top_f
 from selective_pref.terms import combine_losses, weigh_pairs
 from selective_pref.veto import VetoSides, teacher_veto_loss, veto_weights
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "Divergence",
@@ -70,3 +70,15 @@ __all__ = [
     "veto_weights",
     "weigh_pairs",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, when it is asked for: finding the package's metadata takes longer than importing all of this."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("selective-pref")
+    except PackageNotFoundError:  # a source tree on the path, never installed
+        return "0+unknown"

@@ -8,22 +8,19 @@ is the selected ones, without the loss and the head knowing of each other.
 Cost in units of N·V·D FLOP, k the share of rows with a gradient: 2 forward, 6·k backward (4·k with kept logits),
 against 6 for materialised logits and 8 for heads that recompute every row.
 
-The one module of the core that imports torch; import it by name.
+It and `fused_kl` are the modules of the core that need torch; import them by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
-_BUFFER = 4 * 1024 * 1024  # elements of one tile of logits: 16 MiB in float32
-_TILE = (1024, 8192)  # narrower tiles starve the matrix product, wider ones fall out of the cache
+from selective_pref import _tiles
+from selective_pref._tiles import Head
 
 
 @torch.compiler.disable  # pyright: ignore[reportUnknownMemberType]
@@ -70,7 +67,13 @@ def fused_per_token_logps(
             range.
         RuntimeError: a second derivative is asked for.
     """
-    head = _checked_head(logit_scale, softcap, temperature, vocab_tile, keep_logits)
+    head = _tiles.make_head(
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        vocab_tile=vocab_tile,
+        keep_logits=keep_logits,
+    )
     (logps,) = _run(hidden, weight, labels, bias, ignore_index, head)
     return logps
 
@@ -115,13 +118,15 @@ def fused_logps_and_statistics(
     Returns:
         (log-probs, statistics), all [… ].
     """
-    head = _checked_head(logit_scale, softcap, temperature, vocab_tile, keep_logits=False, statistics=True)
+    head = _tiles.make_head(
+        logit_scale=logit_scale, softcap=softcap, temperature=temperature, vocab_tile=vocab_tile, statistics=True
+    )
     logps, entropy, mean_logits, is_top1, squares = _run(hidden, weight, labels, bias, ignore_index, head)
     return logps, LogitStatistics(entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, log_sum_sq_probs=squares)
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, head: _Head
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, head: Head
 ) -> tuple[Tensor, ...]:
     """What the head was asked for, each in the shape of the labels."""
     _check(hidden, weight, labels, bias)
@@ -147,49 +152,13 @@ def _counted_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Head:
-    """What stands between hidden · weightᵀ and the logits, and how the vocabulary is walked."""
-
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    tile: int | None
-    keep_logits: bool
-    statistics: bool
-
-    def tiles(self, rows: int, vocabulary: int) -> Iterator[slice]:
-        low, high = _TILE
-        width = self.tile or min(high, max(low, _BUFFER // max(rows, 1)))
-        for start in range(0, vocabulary, width):
-            yield slice(start, min(start + width, vocabulary))
-
-    def logits_(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """From products to logits, in place. With `keep_logits` the forward pass has done this already."""
-        if bias is not None:
-            z += bias
-        if self.softcap is not None:
-            z.mul_(self.logit_scale / self.softcap).tanh_()
-            return z.mul_(self.softcap / self.temperature)
-        factor = self.logit_scale / self.temperature
-        return z if factor == 1 else z.mul_(factor)
-
-    def chain_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """From the gradient of the logits to that of the products, in place."""
-        if logits is not None:  # soft-capped: d tanh = 1 − tanh²
-            assert self.softcap is not None
-            gradient.mul_(logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1))
-        factor = self.logit_scale / self.temperature
-        return gradient if factor == 1 else gradient.mul_(factor)
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, head: _Head
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, head: Head
     ) -> tuple[Tensor, ...]:
         """Running log-sum-exp over the tiles, for the rows that count; and statistics, if the head is to have them."""
-        wide, narrow = _precision(hidden, weight)
+        wide, narrow = _tiles.precision(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             some = hidden[rows].to(narrow)
             vocabulary = weight.shape[0]
@@ -203,20 +172,20 @@ class _Fused(torch.autograd.Function):
                 if kept is None and buffer is None:
                     buffer = some.new_empty(len(rows), tile.stop - tile.start, dtype=wide)
                     spare = torch.empty_like(buffer) if head.statistics else None
-                z = _columns(buffer, tile) if kept is None else kept[:, tile]
-                _product(some, weight[tile].to(narrow).t(), z)
+                z = _tiles.columns(buffer, tile) if kept is None else kept[:, tile]
+                _tiles.product(some, weight[tile].to(narrow).t(), z)
                 tile_bias = None if bias is None else bias[tile]
                 if kept is not None:
                     head.logits_(z, tile_bias)
                     z = z.clone()
                 place = labels - tile.start
                 if moments is None:
-                    fold = _compiled(_statistics) if _compiles(z) else _statistics
+                    fold = _tiles.elementwise(_statistics, z)
                     peak, total, picked = fold(head, z, tile_bias, place, peak, total, picked)
                 else:
-                    fold = _compiled(_more_statistics) if _compiles(z) else _more_statistics
+                    fold = _tiles.elementwise(_more_statistics, z)
                     peak, total, picked, *moments = fold(
-                        head, z, _columns(spare, tile), tile_bias, place, peak, total, picked, *moments
+                        head, z, _tiles.columns(spare, tile), tile_bias, place, peak, total, picked, *moments
                     )
             log_total = total.log()
             normaliser = peak + log_total
@@ -255,17 +224,17 @@ class _Fused(torch.autograd.Function):
             for tile in head.tiles(len(rows), weight.shape[0]) if len(rows) else ():
                 if buffer is None:
                     buffer = some.new_empty(len(rows), tile.stop - tile.start, dtype=wide)
-                z = _columns(buffer, tile)
+                z = _tiles.columns(buffer, tile)
                 columns = weight[tile].to(narrow)
                 if kept is None:
-                    _product(some, columns.t(), z)
+                    _tiles.product(some, columns.t(), z)
                 else:
                     torch.index_select(kept[:, tile], 0, live, out=z)
                 tile_bias = None if bias is None else bias[tile]
-                fold = _compiled(_gradient) if _compiles(z) else _gradient
+                fold = _tiles.elementwise(_gradient, z)
                 factor, column_sums = fold(head, z, tile_bias, labels - tile.start, normaliser, upstream, narrow)
                 if d_some is not None:
-                    _accumulate(d_some, factor, columns)
+                    _tiles.accumulate(d_some, factor, columns)
                 if d_weight is not None:
                     if d_weight.dtype == narrow:
                         torch.mm(factor.t(), some, out=d_weight[tile])
@@ -285,7 +254,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _statistics(
-    head: _Head, z: Tensor, bias: Tensor | None, place: Tensor, peak: Tensor, total: Tensor, picked: Tensor
+    head: Head, z: Tensor, bias: Tensor | None, place: Tensor, peak: Tensor, total: Tensor, picked: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Peak, sum of exponentials and label logit of each row, brought up to date with a tile.
 
@@ -304,7 +273,7 @@ def _statistics(
 
 
 def _more_statistics(
-    head: _Head,
+    head: Head,
     z: Tensor,
     spare: Tensor,
     bias: Tensor | None,
@@ -336,7 +305,7 @@ def _more_statistics(
 
 
 def _gradient(
-    head: _Head,
+    head: Head,
     z: Tensor,
     bias: Tensor | None,
     place: Tensor,
@@ -362,95 +331,10 @@ def _inside(place: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return (place >= 0) & (place < z.shape[1]), place.clamp(0, z.shape[1] - 1)
 
 
-def _compiles(z: Tensor) -> bool:
-    return z.is_cuda and has_triton()
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)  # pyright: ignore[reportUnknownMemberType]
-
-
-def _precision(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """(of statistics, sums and results; of the factors of matrix products).
-
-    CUDA multiplies low precision with wide sums, and autocast says which. A CPU is given wide factors, tile by tile.
-    """
-    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    if not hidden.is_cuda:
-        return wide, wide
-    if torch.is_autocast_enabled("cuda"):
-        return wide, torch.get_autocast_dtype("cuda")
-    return wide, hidden.dtype if hidden.dtype == weight.dtype else wide
-
-
-def _columns(buffer: Tensor | None, tile: slice) -> Tensor:
-    """The start of the buffer as a contiguous [rows, columns of the tile]."""
-    assert buffer is not None
-    width = tile.stop - tile.start
-    return buffer.view(-1)[: len(buffer) * width].view(len(buffer), width)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left · right, summed and kept in `out`'s precision."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, in `total`'s precision. (addmm_ would do the same, unseen by FlopCounterMode.)"""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left, right, out=total)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-
-
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    floating = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias})}
-    for name, array in floating.items():
-        if not array.is_floating_point():
-            raise TypeError(f"{name} must have a real floating dtype; got {array.dtype}")
-        if array.device != labels.device:
-            raise ValueError(f"{name} must be on the device of labels, {labels.device}; got {array.device}")
+    _tiles.check_heads(labels.device, "labels", hidden=hidden, weight=weight, bias=bias)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64 token ids; got {labels.dtype}")
-    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [… D] and weight [V D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    _tiles.check_product(hidden, weight, bias)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be {tuple(hidden.shape[:-1])} like hidden without D; got {tuple(labels.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [V] = {tuple(weight.shape[:1])}; got {tuple(bias.shape)}")
-
-
-def _checked_head(
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab_tile: int | None,
-    keep_logits: bool,
-    statistics: bool = False,
-) -> _Head:
-    if vocab_tile is not None and (not isinstance(vocab_tile, int) or vocab_tile < 1):
-        raise ValueError(f"vocab_tile must be a whole number of columns, at least 1, or None; got {vocab_tile!r}")
-    return _Head(
-        logit_scale=_nonzero("logit_scale", logit_scale),
-        softcap=None if softcap is None else _positive("softcap", softcap),
-        temperature=_positive("temperature", temperature),
-        tile=vocab_tile,
-        keep_logits=keep_logits,
-        statistics=statistics,
-    )
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
-    return float(value)
-
-
-def _nonzero(name: str, value: float) -> float:
-    if value == 0 or not abs(value) < float("inf"):
-        raise ValueError(f"{name} must be a finite number other than 0; got {value!r}")
-    return float(value)

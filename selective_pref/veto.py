@@ -110,20 +110,21 @@ def teacher_veto_loss(
             "start_per_token_logps must be a pair of arrays [B T_w] and [B T_l]: log-probs of the policy before "
             f"training; got {type(start_per_token_logps).__name__}"
         )
-    losses, read = 0.0, []
-    for side, start, raises, lowers in zip(
-        (chosen, rejected),
-        start_per_token_logps,
-        (True, sides == "both"),
-        (sides == "both", True),
-        strict=True,
-    ):
-        raised, lowered = veto_weights(side, start, threshold=threshold, floor=floor)
-        raised, lowered = raised * float(raises), lowered * float(lowers)
-        losses = losses + _arrays.last_axis_sum((lowered - raised) * masked(side.per_token_logps, side.mask))
-        gained = masked(_arrays.detach(required_reference(side)), side.mask) - _start(side, start)
-        read.append(replace(side, weights=raised + lowered, scores=gained))
-    return make_report(losses, *read, summed_log_ratio, 1.0)
+    options = {"threshold": threshold, "floor": floor}
+    moves, chosen = _moves(chosen, start_per_token_logps[0], options, raises=True, lowers=sides == "both")
+    other, rejected = _moves(rejected, start_per_token_logps[1], options, raises=sides == "both", lowers=True)
+    return make_report(moves + other, chosen, rejected, summed_log_ratio, 1.0)
+
+
+def _moves(
+    side: Response, start: Array, options: dict[str, float], *, raises: bool, lowers: bool
+) -> tuple[Array, Response]:
+    """Σ lowered · log π − Σ raised · log π of one side [B], and the side as the loss reads it."""
+    raised, lowered = veto_weights(side, start, **options)
+    raised, lowered = raised * float(raises), lowered * float(lowers)
+    losses = _arrays.last_axis_sum((lowered - raised) * masked(side.per_token_logps, side.mask))
+    gained = masked(_arrays.detach(required_reference(side)), side.mask) - _start(side, start)
+    return losses, replace(side, weights=raised + lowered, scores=gained)
 
 
 def _start(response: Response, start_per_token_logps: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import array_api_strict
 import hypothesis.strategies as st
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from selective_pref import (
 )
 
 jax.config.update("jax_enable_x64", True)
+with_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # of JAX before 0.8
 
 GARBAGE = [math.nan, math.inf, -math.inf, 0.0, -7.5, 1e30]
 

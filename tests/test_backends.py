@@ -135,7 +135,7 @@ def test_jax_low_precision_comes_out_as_float32(dtype: str) -> None:
 def test_jax_with_32_bit_types_only() -> None:
     batch = random_batch(3, 40, 33)
     for loss in named("selective-batch", "simpo"):
-        with jax.enable_x64(False):
+        with s.with_x64(False):
             losses = numpy_of(loss(*Backend("jax", "float32").pair(batch), Settings()).losses)
         expected = numpy_of(loss(*Backend("torch", "float32").pair(batch), Settings()).losses)
         np.testing.assert_allclose(losses, expected, rtol=1e-5)

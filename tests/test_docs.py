@@ -1,15 +1,18 @@
 """What the pages say is run: every ```python block of the README and of docs/, in order, one namespace a page.
 
-Where a ```text block directly follows, the printed output must equal it.
+A ```python title="name.py" block is a script for several processes: those of a page are saved beside each other and run
+in two processes, as `torchrun` would. Where a ```text block directly follows, the printed output must equal it.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,10 +21,13 @@ from pathlib import Path
 import pytest
 
 import selective_pref
+from selective_pref import testing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
 OUTPUTS = ("text", "console output")
+PYTHON = re.compile(r'python(?: title="(?P<title>[\w.]+)")?')
+OPTIONAL = ("datasets", "lightning_fabric", "optax", "trl")  # where one is not installed, the rest of a page is skipped
 FENCE = re.compile(r"^```(?P<kind>[^\n`]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,17 +38,21 @@ class Block:
     code: str
     line: int
     output: str | None
+    title: str | None = None
 
 
-def blocks_of(text: str) -> list[Block]:
+def blocks_of(text: str, scripts: bool = False) -> list[Block]:
+    """The blocks of a page that are run one after the other, or those with a title."""
     fences = list(FENCE.finditer(text))
     blocks = []
     for fence, after in zip(fences, [*fences[1:], None], strict=False):
-        if fence["kind"].strip() != "python":
+        kind = PYTHON.fullmatch(fence["kind"].strip())
+        if kind is None or (kind["title"] is not None) != scripts:
             continue
         shown = after is not None and after["kind"].strip() in OUTPUTS and not text[fence.end() : after.start()].strip()
         line = text.count("\n", 0, fence.start("body"))
-        blocks.append(Block(code=fence["body"], line=line, output=after["body"] if after and shown else None))
+        output = after["body"] if after and shown else None
+        blocks.append(Block(code=fence["body"], line=line, output=output, title=kind["title"]))
     return blocks
 
 
@@ -64,13 +74,58 @@ def pages_with_code() -> list[Path]:
 @pytest.mark.parametrize("page", pages_with_code(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(page)
+    try:
+        run(page)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        pytest.skip(f"the rest of the page needs {error.name}")
+
+
+def pages_with_scripts() -> list[Path]:
+    return [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"), scripts=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with_scripts(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_scripts_run_in_two_processes_and_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
+    """All of a page in one start of two processes, since importing torch takes longer than any of them."""
+    blocks = blocks_of(page.read_text(encoding="utf-8"), scripts=True)
+    for block in blocks:
+        (tmp_path / str(block.title)).write_text(block.code, encoding="utf-8")
+    scripts = [block for block in blocks if block.output is not None]
+    lacking = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
+    scripts = [block for block in scripts if not any(f"from {name} " in block.code for name in lacking)]
+    ports = [str(port) for port in free_ports(len(scripts))]
+    arguments = [word for pair in zip(ports, (str(block.title) for block in scripts), strict=True) for word in pair]
+    command = [sys.executable, str(ROOT / "tests" / "two_processes.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), *arguments], cwd=tmp_path, env=env, **streams) for rank in (0, 1)]
+    try:
+        results = [rank.communicate(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], results[0][1] + results[1][1]
+    printed = dict(part.split("\n", 1) for part in results[0][0].split("### ")[1:])
+    for block in scripts:  # a library may say something before
+        assert printed[str(block.title)].endswith(block.output), f"{block.title}: {printed[str(block.title)]}"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_python_block_escapes_the_check(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert len(re.findall(r"^\s*(?:```+|~~~+)\s*\{?\.?py", text, re.MULTILINE)) == len(blocks_of(text))
+    blocks = [*blocks_of(text), *blocks_of(text, scripts=True)]
+    assert len(re.findall(r"^\s*(?:```+|~~~+)\s*\{?\.?py", text, re.MULTILINE)) == len(blocks)
 
 
 def test_a_wrong_output_and_a_raising_block_are_caught(tmp_path: Path) -> None:
@@ -89,7 +144,7 @@ def test_reference_holds_the_public_names_once_each() -> None:
     # diagnostics is a module as well, so its entry has to name both
     entries = re.findall(r"^::: selective_pref\.(?:diagnostics\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(entries) == sorted(selective_pref.__all__)
-    for module in (selective_pref.pair_losses, selective_pref.divergences):
+    for module in (selective_pref.pair_losses, selective_pref.divergences, testing):
         listed = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
         assert sorted([*listed, *(set(module.__all__) & set(entries))]) == sorted(module.__all__)
 
@@ -139,7 +194,9 @@ def test_mutations_name_files_and_tests_that_exist() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
     tests = {name for source in sources for name in re.findall(r"^def test_(\w+)", source, re.MULTILINE)}
     for mistake, file, seen_by in MUTATIONS:
-        assert any((folder / file).is_file() for folder in (ROOT / "selective_pref", ADAPTERS)), f"{mistake}: {file}"
+        assert any((folder / file).is_file() for folder in (ROOT / "selective_pref", ADAPTERS, ROOT / "docs")), (
+            f"{mistake}: {file}"
+        )
         names = re.findall(r"`(\w+)`", seen_by)
         assert names, mistake
         assert not set(names) - tests, f"{mistake}: {sorted(set(names) - tests)}"
@@ -175,9 +232,10 @@ def test_every_flag_of_train_is_described_with_its_default() -> None:
 
 
 @pytest.mark.slow
-def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
+    pytest.importorskip("latex2mathml")
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
@@ -186,4 +244,12 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
         text=True,
     )
     assert built.returncode == 0, built.stderr
-    assert (tmp_path / "site" / "index.html").is_file()
+    pages = {path: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > 20
+    for path, text in pages.items():
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//[^\s>]+", text)
+        loaded += re.findall(
+            r"<link[^>]*rel=\"?(?:stylesheet|preconnect|icon)\"?[^>]*href=\"?(?:https?:)?//[^\s>]+", text
+        )
+        assert not loaded, f"{path.name} asks the network: {loaded}"
+        assert "arithmatex" not in text, f"{path}: a formula is still LaTeX"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from selective_pref import fused
+from selective_pref import _tiles
 from selective_pref.fused import LogitStatistics, fused_logps_and_statistics, fused_per_token_logps
 
 N, D, V = 13, 6, 37
@@ -147,7 +147,7 @@ def test_the_compiled_fold_gives_the_same_numbers(
         used.append(True)
         return True
 
-    monkeypatch.setattr(fused, "_compiles", compiles)
+    monkeypatch.setattr(_tiles, "compiles", compiles)
     torch._dynamo.utils.counters.clear()
     torch._dynamo.reset()
     compiled = fused_per_token_logps(**data, **settings)
@@ -163,7 +163,7 @@ def test_the_compiled_fold_gives_the_same_numbers(
 def test_the_compiled_statistics_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     data = inputs(torch.float32)
     logps, found = fused_logps_and_statistics(**data, **OPTIONS[2], vocab_tile=8)
-    monkeypatch.setattr(fused, "_compiles", lambda _: True)
+    monkeypatch.setattr(_tiles, "compiles", lambda _: True)
     torch._dynamo.utils.counters.clear()
     torch._dynamo.reset()
     compiled, theirs = fused_logps_and_statistics(**data, **OPTIONS[2], vocab_tile=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -16,12 +17,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.version import Version
 
 import selective_pref
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "selective_pref").glob("*.py"))
 FRAMEWORKS = ("torch", "numpy", "jax", "transformers", "trl", "deepspeed", "datasets", "accelerate", "peft")
+WITH_TORCH = {"_tiles", "fused", "fused_kl"}
+WITH_NUMPY = {"_subject", "_laws", "testing"}
 MAY_IMPORT = {"array_api_compat", "selective_pref", *sys.stdlib_module_names}
 
 PUBLIC = {name: getattr(selective_pref, name) for name in selective_pref.__all__}
@@ -64,7 +68,17 @@ def test_the_contract_is_there() -> None:
         "weigh_pairs",
         "combine_losses",
     } <= set(PUBLIC)
-    assert selective_pref.__version__.count(".") == 2
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    try:
+        installed = importlib.metadata.version("selective-pref")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "0+unknown"
+    assert selective_pref.__version__ == installed
+    assert Version(installed).release >= (0,)
+    with pytest.raises(AttributeError, match="has no attribute 'verson'"):
+        _ = selective_pref.verson
 
 
 @pytest.mark.parametrize("name", CALLABLE)
@@ -121,24 +135,24 @@ def imported(path: Path, module_level: bool) -> set[str]:
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
 def test_the_core_imports_the_standard_library_and_array_api_compat(path: Path) -> None:
-    allowed = MAY_IMPORT | ({"torch"} if path.stem == "fused" else set())
+    allowed = MAY_IMPORT | ({"torch"} if path.stem in WITH_TORCH else {"numpy"} if path.stem in WITH_NUMPY else set())
     outside = {name for name in imported(path, module_level=True) if name.split(".")[0] not in allowed}
     assert not outside
     later = {name for name in imported(path, module_level=False) if name.split(".")[0] not in allowed}
-    assert later <= ({"jax"} if path.stem == "_arrays" else set())
+    assert later <= ({"jax"} if path.stem in ("_arrays", "_subject") else set())
 
 
-@pytest.mark.parametrize("path", [p for p in CORE if p.stem != "fused"], ids=lambda path: path.stem)
-def test_only_fused_is_imported_by_name(path: Path) -> None:
+@pytest.mark.parametrize("path", [p for p in CORE if p.stem not in WITH_TORCH | WITH_NUMPY], ids=lambda path: path.stem)
+def test_modules_that_need_a_library_are_imported_by_name(path: Path) -> None:
     names = imported(path, module_level=True) | imported(path, module_level=False)
-    assert "selective_pref.fused" not in names
+    assert not {f"selective_pref.{stem}" for stem in WITH_TORCH | WITH_NUMPY} & names
     assert not any(name.startswith("selective_pref_adapters") for name in names)
 
 
 def test_imports_of_the_core_point_one_way() -> None:
     """The arrows of the data flow: no module imports a later one."""
     order = ["_arrays", "response", "scores", "selection", "pools", "divergences", "rewards", "pair_losses", "losses"]
-    order += ["terms", "veto", "diagnostics", "logps", "fused"]
+    order += ["terms", "veto", "diagnostics", "logps", "_tiles", "fused", "fused_kl", "_subject", "_laws", "testing"]
     for path in CORE:
         if path.stem == "__init__":
             continue
@@ -205,7 +219,8 @@ def test_no_folder_of_the_adapters_is_crowded() -> None:
 
 @pytest.mark.parametrize("package", ["selective_pref", "selective_pref_adapters"])
 def test_an_import_loads_no_framework(package: str, tmp_path: Path) -> None:
-    program = f"import sys, {package}; print(*[m for m in {FRAMEWORKS!r} if m in sys.modules])"
+    slow = (*FRAMEWORKS, "importlib.metadata")
+    program = f"import sys, {package}; print(*[m for m in {slow!r} if m in sys.modules])"
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters"))
     run = subprocess.run(
         [sys.executable, "-c", program],

@@ -169,14 +169,14 @@ def test_k_agrees_with_decimal_arithmetic_for_every_length(backend: Backend, rat
 
 
 def test_k_is_exact_in_long_rows_with_32_bit_counts() -> None:
-    with jax.enable_x64(False):
+    with s.with_x64(False):
         scores, mask = jnp.arange(200_000.0)[None, :], jnp.ones((1, 200_000), dtype=bool)
         for ratio in (0.07, 0.123456789, 1 / 3):
             assert int(top_fraction_weights(scores, mask, ratio).sum()) == oracle.keep_count(ratio, 200_000)
 
 
 def test_a_pool_too_long_for_32_bit_counts_is_refused() -> None:
-    with jax.enable_x64(False):
+    with s.with_x64(False):
         shapes = (
             jax.ShapeDtypeStruct((1, 2_200_000), jnp.float32),
             jax.ShapeDtypeStruct((1, 2_200_000), jnp.bool_),

@@ -260,10 +260,10 @@ def _call_head(causal: Any, hidden: Tensor, labels: Tensor, *, statistics: bool)
     head, options = causal.get_output_embeddings(), causal._fused_head
 
     def fused(hidden: Tensor) -> Any:
-        places = labels.to(hidden.device)
+        targets = labels.to(hidden.device)
         if not statistics:
-            return fused_per_token_logps(hidden, head.weight, places, bias=head.bias, **options)
-        logps, found = fused_logps_and_statistics(hidden, head.weight, places, bias=head.bias, **options)
+            return fused_per_token_logps(hidden, head.weight, targets, bias=head.bias, **options)
+        logps, found = fused_logps_and_statistics(hidden, head.weight, targets, bias=head.bias, **options)
         return logps, found.entropy, found.mean_logits, found.is_top1, found.log_sum_sq_probs
 
     with _forward_replaced(head, fused):

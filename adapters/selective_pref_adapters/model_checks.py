@@ -19,7 +19,25 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from selective_pref_adapters.models import pad_token_id, text_config, vocabulary_size
+from selective_pref_adapters.models import keep_trainable_in_4_bits, pad_token_id, text_config, vocabulary_size
+
+
+def check_policy(policy: Any, tokenizer: Any, *, auxiliary_loss: bool = False) -> list[str]:
+    """What is checked of a policy before it is trained, by every trainer; returns what a reader should know.
+
+    Args:
+        policy: the model.
+        tokenizer: what is going to be saved beside it, or None.
+        auxiliary_loss: whether the trainer adds the load-balancing loss of a mixture of experts.
+
+    Raises:
+        ValueError: nothing of it would learn, it asks for a loss that is not added, or it could not be saved.
+    """
+    keep_trainable_in_4_bits(policy)
+    check_trainable(policy)
+    if not auxiliary_loss:
+        check_no_auxiliary_loss(policy)
+    return check_savable(policy, tokenizer)
 
 
 def check_padding(tokenizer: Any, models: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {name: batch[name] for name in [*_IDS, *further_inputs(model, batch)]}
     if "position_ids" not in inputs and batch["attention_mask"].ndim == 2 and _counts_from_the_first_token(model):
         mask = batch["attention_mask"] != 0
-        places = torch.arange(mask.shape[1], device=mask.device)
-        inputs["position_ids"] = torch.where(mask, mask.cumsum(-1) - 1, places)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        inputs["position_ids"] = torch.where(mask, mask.cumsum(-1) - 1, positions)
     return {**inputs, "use_cache": False}
 
 

@@ -218,10 +218,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def running_model(trainer: Any) -> Any:
+    """The policy of a `Trainer` as it is called without a gradient: inside the engine where one shards its weights."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return trainer.model_wrapped if sharded else trainer.model
+
+
 def keep_trainable_in_4_bits(model: nn.Module) -> None:
     """Keeps bitsandbytes from packing 4-bit weights for inference on a CPU, from where no gradient comes back.
 
-    It packs them at the first call in evaluation mode, as when a reference is scored with the policy's adapters off, or
+    It packs them at the first call in evaluation mode, as when the policy with its adapters off is the reference, or
     at an evaluation. On a GPU nothing is packed.
 
     Raises:

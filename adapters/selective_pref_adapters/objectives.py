@@ -189,6 +189,7 @@ def loss_of_batch(
     *,
     pair_weights: Tensor | None = None,
     chosen_only: bool = False,
+    pairs: Tensor | None = None,
 ) -> PreferenceLoss:
     """What `objective` says of a batch: the last arrows of every adapter.
 
@@ -201,7 +202,16 @@ def loss_of_batch(
         pair_weights: what the losses are multiplied by [B], at least 0; None for 1. They are not made to have a mean
             of 1: a pair counts for the same whatever other pairs are in its batch.
         chosen_only: the batch has no rejected rows, and all arrays are [B T]; see `responses`.
+        pairs: which pairs are read, bool [B] on the CPU; the losses are theirs alone. None, or none of them: all.
     """
+    if pairs is not None and pairs.any() and not pairs.all():
+        rows = pairs if chosen_only else pairs.repeat(2)
+        batch = {"completion_mask": batch["completion_mask"][rows]}
+        per_token_logps, ref_per_token_logps, scoring_ref_per_token_logps = (
+            some if some is None else some[rows]
+            for some in (per_token_logps, ref_per_token_logps, scoring_ref_per_token_logps)
+        )
+        pair_weights = None if pair_weights is None else pair_weights[pairs]
     if ref_per_token_logps is not None:
         ref_per_token_logps = without_rounding(ref_per_token_logps, per_token_logps)
     chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps, chosen_only=chosen_only)

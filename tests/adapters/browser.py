@@ -23,7 +23,7 @@ _FLAGS = (
     "--disable-extensions",
     "--enable-logging=stderr",
     "--v=0",
-    "--virtual-time-budget=5000",
+    "--virtual-time-budget=60000",
 )
 
 

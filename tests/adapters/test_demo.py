@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import PreferenceRow, collate, tokenize_pairs
-from selective_pref_adapters.replication import demo, language
+from selective_pref_adapters.replication import findings, judging, language, runs
 from selective_pref_adapters.replication.pictures import show_selection
 
 
@@ -31,7 +31,7 @@ def test_held_out_keys_never_stand_together_in_training() -> None:
     with pytest.raises(AssertionError, match="held out"):
         language.check_disjoint(["owl fox elk hen :"], ["hen elk fox owl :"])
     for use in ("student", "teacher", "pairs"):
-        assert set(demo.training_prompts(3, use, 500)) <= set(prompts.train)
+        assert set(runs.training_prompts(3, use, 500)) <= set(prompts.train)
 
 
 def test_an_answer_is_right_when_all_its_digits_are_the_tables(facts: language.Language) -> None:
@@ -88,21 +88,21 @@ def test_prompt_and_answer_part_cleanly_and_the_decisive_tokens_are_the_differin
     ]
     assert tokenizer.convert_ids_to_tokens(pairs[0].rejected_ids)[-1] == "</s>"
     ids = collate(pairs, 0)["input_ids"][:, 1:]
-    masks = demo.decisive_mask(pairs, tokenizer, ids.shape[1])
+    masks = judging.decisive_mask(pairs, tokenizer, ids.shape[1])
     found = [tokenizer.convert_ids_to_tokens(ids[side][masks[side][0]].tolist()) for side in (0, 1)]
     assert found == [["3", "2"], ["5", "9"]]
 
 
 def test_intervals_and_verdicts() -> None:
-    none, half = demo.Rate(right=0, samples=100), demo.Rate(right=50, samples=100)
+    none, half = judging.Rate(right=0, samples=100), judging.Rate(right=50, samples=100)
     assert none.interval[0] == 0
     assert 0.03 < none.interval[1] < 0.04  # z² / (n + z²)
     assert half.interval == pytest.approx((0.404, 0.596), abs=2e-3)
     assert half.error == pytest.approx(0.05)
-    assert demo.difference(half, none) == 1
-    assert demo.difference(none, half) == -1
-    assert demo.difference(half, demo.Rate(right=52, samples=100)) == 0
-    claim = demo.against_dpo({"student": none, "dpo": half, "selective_strong": none, "teacher": half})
+    assert findings.difference(half, none) == 1
+    assert findings.difference(none, half) == -1
+    assert findings.difference(half, judging.Rate(right=52, samples=100)) == 0
+    claim = findings.against_dpo({"student": none, "dpo": half, "selective_strong": none, "teacher": half})
     assert "clearly less" in claim  # it says what the numbers show, not what one would like
 
 
@@ -115,7 +115,7 @@ def test_the_whole_demo_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = tmp_path / "demo-2"
     results = json.loads((folder / "results.json").read_text())
     (run,) = results["runs"]
-    keys = {"student", "finished", "teacher", *(method.key for method in demo.METHODS)}
+    keys = {"student", "finished", "teacher", *(method.key for method in runs.METHODS)}
     assert run["success"].keys() == keys
     assert all(0 <= rate["right"] <= rate["samples"] == 64 for rate in run["success"].values())
     shares = run["decisive_shares"]["selective_self before"]

@@ -15,8 +15,9 @@ from datasets import Dataset, IterableDataset, disable_progress_bars
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from selective_pref_adapters.deepspeed_loop.data import load_pairs as load_training_pairs
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
-from selective_pref_adapters.options import ScoreConfig
+from selective_pref_adapters.options import ScoreConfig, TrainConfig
 from selective_pref_adapters.pairs import RowError, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store.command import load_pairs
 from selective_pref_adapters.trl_trainer.data import PairCollator, dataset_of_rows, prepared
@@ -38,6 +39,8 @@ def rows(draw: st.DrawFn) -> tuple[str, dict[str, Any], dict[str, Any]]:
         "chosen": [{"role": "assistant", "content": good}],
         "rejected": [{"role": "assistant", "content": bad}],
     }
+    if draw(st.booleans()):
+        turns["prompt"] = [{"role": "user", "content": "so?"}, {"role": "assistant", "content": "no"}, *turns["prompt"]]
     with_system = {**turns, "prompt": [{"role": "system", "content": system}, *turns["prompt"]]}
     head = f"\n\nHuman: {asked}\n\nAssistant:"
     schema = draw(
@@ -51,13 +54,18 @@ def rows(draw: st.DrawFn) -> tuple[str, dict[str, Any], dict[str, Any]]:
         row = {"chosen": f"{head} {good}", "rejected": f"{head} {bad}"}
         return schema, row, {"prompt": head, "chosen": " " + good, "rejected": " " + bad, "bos": False}
     whole = {side: turns["prompt"] + turns[side] for side in ("chosen", "rejected")}
-    conversation = [{"from": "human", "value": asked}]
+    speakers = {"user": "human", "assistant": "gpt"}
+    conversation = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns["prompt"]]
+    history = [["so?", "no"]] if len(turns["prompt"]) > 1 else []
     by_schema: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "chat": (turns, turns),
         "whole": (whole, turns),
         "sharegpt": ({"conversations": conversation, "chosen": good, "rejected": bad}, turns),
-        "alpaca": ({"instruction": asked, "input": "", "chosen": good, "rejected": bad}, turns),
-        "orca": ({"system": system, "question": asked, "chosen": good, "rejected": bad}, with_system),
+        "alpaca": ({"instruction": asked, "history": history, "chosen": good, "rejected": bad}, turns),
+        "orca": (
+            {"system": system, "question": asked, "history": history, "chosen": good, "rejected": bad},
+            with_system,
+        ),
         "openai": (
             {
                 "input": {"messages": turns["prompt"]},
@@ -119,9 +127,15 @@ def through_every_door(row: dict[str, Any], tokenizer: Any, length: int, mode: A
     seen: dict[str, Any] = {}
     try:
         pairs, _ = tokenize_pairs(read, tokenizer, max_length=length, truncation_mode=mode)
-        seen["train"] = rows_of_batch(collate(pairs, tokenizer.pad_token_id))
+        seen["Python"] = rows_of_batch(collate(pairs, tokenizer.pad_token_id))
     except ValueError:
-        seen["train"] = None
+        seen["Python"] = None
+    try:
+        run = TrainConfig(model="m", pairs=str(path), truncation_mode=mode, eval_fraction=0)
+        trained, _, _ = load_training_pairs(run, tokenizer, length, progress=False)
+        seen["the loop"] = rows_of_batch(collate(trained, tokenizer.pad_token_id))
+    except ValueError:
+        seen["the loop"] = None
     try:
         config = ScoreConfig(store="s", pairs=str(path), max_length=length, truncation_mode=mode)
         scored, _ = load_pairs(config, tokenizer, None, progress=False)
@@ -228,5 +242,26 @@ def test_bad_rows_of_a_data_set_are_named_or_counted(caplog: pytest.LogCaptureFi
         prepared(Dataset.from_list([{**good, "chosen": " "}]), tokenizer, "train", **options)
     renamed = Dataset.from_list([{"q": "the ", "a": "egg", "b": "pot"}])
     columns = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    (pair,) = PreferenceCollator(tokenizer, columns=columns).pairs(renamed)
+    assert pair.chosen_ids == tokenizer.convert_tokens_to_ids(["the", "egg", "</s>"])
     done = prepared(renamed, tokenizer, "train", columns=columns, **options)
     assert done[0]["chosen_ids"] == tokenizer.convert_tokens_to_ids(["egg", "</s>"])
+
+
+def test_rows_of_a_stream_that_are_left_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = small_tokenizer("WordLevel")
+    good, equal = ({"prompt": "the ", "chosen": "egg", "rejected": other} for other in ("pot", "egg"))
+    rows = [good, equal, {"prompt": "the ", "chosen": "egg"}, equal, good, *[equal] * 3]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    options: dict[str, Any] = {"max_length": 8, "truncation_mode": "keep_start", "skip_malformed_rows": True}
+    done = prepared(stream, tokenizer, "train", **options)
+    assert len(list(done)) == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3  # at the first, the second and the fourth of six
+    assert told[0] == (
+        "train: 1 streamed rows left out so far: 1 chosen and rejected are equal (neither is better; repair or remove "
+        "the rows)"
+    )
+    assert "2 streamed rows left out so far: 1 chosen and rejected are equal" in told[1]
+    assert "; 1 malformed; the last: train, row 2: no 'rejected'" in told[1]
+    assert "4 streamed rows left out so far: 3 chosen and rejected are equal" in told[2]

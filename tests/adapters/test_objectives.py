@@ -51,6 +51,25 @@ def test_a_scoring_reference_chooses_and_the_other_anchors() -> None:
     assert not torch.equal(out.chosen_weights, select(*responses(rows, logps, ref), selection_ratio=0.4)[0].weights)
 
 
+@pytest.mark.parametrize("counted", [[True, False], [False, True], [True, True], [False, False]])
+def test_some_pairs_of_a_batch(counted: list[bool]) -> None:
+    """Their losses, weights and scores are those of a batch that holds these pairs alone; where none counts, of all."""
+    rows, logps, ref, scoring = batch()
+    weights, pairs = torch.tensor([2.0, 3.0]), torch.tensor(counted)
+    objective = make_objective("selective_dpo", beta=0.1, selection_ratio=0.4, selection_pool="batch")
+    out = loss_of_batch(objective, rows, logps, ref, scoring, pair_weights=weights, pairs=pairs)
+    kept = [n for n in range(2) if counted[n] or not any(counted)]
+    both = [*kept, *(n + 2 for n in kept)]
+    alone = {"completion_mask": rows["completion_mask"][both]}
+    expected = loss_of_batch(objective, alone, logps[both], ref[both], scoring[both], pair_weights=weights[kept])
+    torch.testing.assert_close(out.losses, expected.losses)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.chosen_weights, expected.chosen_weights)
+    half = {"completion_mask": rows["completion_mask"][:2]}
+    chosen = loss_of_batch(make_objective("sft"), half, logps[:2], chosen_only=True, pairs=pairs)
+    assert len(chosen.losses) == len(kept)
+
+
 def test_options_out_of_range_are_found_without_a_batch() -> None:
     with pytest.raises(ValueError, match="objective must be one of"):
         make_objective("kto", beta=0.1)

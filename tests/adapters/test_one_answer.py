@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from selective_pref import excess_loss_scores, select, sft_loss
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.deepspeed_loop import loop, train
-from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches, first_pairs
+from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
 from selective_pref_adapters.options import TrainConfig
@@ -349,10 +349,6 @@ def test_a_filler_has_no_rejected_side_either() -> None:
         assert rows == [2 * len(list(kind.sides()))] * 2
     with pytest.raises(ValueError, match="a chosen side alone, and other pairs of the batch have both"):
         collate([pair, FILLER.chosen_only()], 0)
-    stacked = torch.arange(6).reshape(6, 1)
-    assert first_pairs(stacked, 2, 3).flatten().tolist() == [0, 1, 3, 4]
-    assert first_pairs(stacked[:3], 2, 3).flatten().tolist() == [0, 1]
-    assert first_pairs(stacked, None, 3) is stacked
 
 
 # --- the Hugging Face Trainer ----------------------------------------------------------------------------------------

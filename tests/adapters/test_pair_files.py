@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hub import hub
 from selective_pref_adapters.pairs import RowError, read_rows
 from tiny import text_rows, write_jsonl
 
@@ -174,3 +178,40 @@ def test_what_is_nowhere(tmp_path: Path) -> None:
         FileNotFoundError, match=r"no preference pairs at nobody/nothing:train: .* The hub does not give"
     ):
         read_rows("nobody/nothing:train")
+
+
+def test_data_sets_of_the_hub_and_what_it_does_not_give(tmp_path: Path) -> None:
+    """In a process of its own, which is told that the hub is a server on this machine."""
+    program = """
+import sys
+from selective_pref_adapters.pairs import read_rows
+for source in sys.argv[1:]:
+    notes = []
+    try:
+        rows = read_rows(source, notes=notes)
+        print(len(rows), rows[0].place, *notes)
+    except (ValueError, OSError) as error:
+        print(type(error).__name__, error)
+"""
+    sets = {
+        "some/pairs": {"README.md": b"# pairs", "train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS[:1])},
+        "some/broken": {"README.md": b"# broken", "train.jsonl": lines(ROWS) + b"{broken\n"},
+    }
+    asked = ("some/pairs", "some/pairs:test", "some/pairs:other", "some/broken", "some/absent")
+    with hub(sets) as endpoint:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, *asked],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    train, test, other, broken, absent = done.stdout.splitlines()
+    assert train == f"{len(ROWS)} some/pairs:train, row 0 pairs: TRL standard rows: {len(ROWS)}"
+    assert test.startswith("1 some/pairs:test, row 0")
+    assert other.startswith("FileNotFoundError no preference pairs at some/pairs:other")
+    assert "Unknown split" in other
+    assert broken.startswith("ValueError some/broken: the files of this data set cannot be read as one table: ")
+    assert "hf download --repo-type dataset some/broken --local-dir FOLDER" in broken
+    assert "The hub does not give it either: Dataset 'some/absent' doesn't exist" in absent

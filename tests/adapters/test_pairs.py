@@ -138,7 +138,7 @@ GOOD = {"prompt": "w0", "chosen": "w1", "rejected": "w2"}
         ({"prompt": "w0", "chosen": 7, "rejected": "w1"}, "'chosen' must be text or a list of messages; got int"),
         ({"prompt": 1.5, "chosen": "w2", "rejected": "w1"}, "'prompt' must be text or a list of messages; got float"),
         ("[1, 2]", "expected an object"),
-        ({"prompt": "w0", "chosen": [message("assistant", "w1")], "rejected": "w1"}, "all text or all message lists"),
+        ({"prompt": "w0", "chosen": [message("assistant", "w1")], "rejected": "w1"}, "both text or both messages"),
         ({"prompt": [{"role": "user"}], "chosen": [], "rejected": []}, "'role' and 'content'"),
         ({"prompt": [{"role": "user", "content": 3}], "chosen": [], "rejected": []}, "text content; got int"),
         ({"chosen": "w1", "rejected": "w2"}, "no 'prompt'"),
@@ -300,9 +300,9 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer) -> None:
     assert len(kept) == 4
     assert report.left_out == Counter({"no completion left after truncation": 2})
     assert kept[2].chosen_ids == kept[2].rejected_ids
-    assert report.kept - report.unteachable == len(pairs)
-    assert "3 of 4 kept pairs have an empty completion or two equal sides" in report.lines()[-1]
-    assert "selective-pref train on the other 1 alone" in report.lines()[-1]
+    assert report.kept - report.unteachable.total() == len(pairs)
+    assert "3 of 4 kept pairs teach nothing (" in report.lines()[-1]
+    assert "training leaves them out, unless TRL tokenises by itself" in report.lines()[-1]
 
 
 def test_options_and_tokenizers_that_do_not_work(tokenizer) -> None:

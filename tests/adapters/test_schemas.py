@@ -386,7 +386,10 @@ TRL = {"prompt": "a", "chosen": "b", "rejected": "c"}
             r"two different system prompts",
         ),
         ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, r"begins with what is asked"),
-        ({"messages": [user("a")], "chosen": "b", "rejected": [assistant("c")]}, r"all text or all message lists"),
+        (
+            {"messages": [user("a")], "chosen": "b", "rejected": [assistant("c")]},
+            r"both text or both messages; got .*Write the text as a message",
+        ),
         (
             {"prompt": [user("z")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
             r"beside whole conversations, but is not in them: 'z' \(user\)",

@@ -205,6 +205,27 @@ def test_rows_that_are_left_out_are_named(options: dict[str, Any], tmp_path: Pat
         inspect(InspectConfig(**given, max_length=15, rows="3", statistics=2))
 
 
+def test_malformed_rows_may_be_skipped(options: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    rows = [*text_rows(2), {"prompt": "w1", "chosen": "w2"}]
+    given = {**options, "pairs": str(write_jsonl(tmp_path / "p.jsonl", rows))}
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: no 'rejected'.*--skip-malformed-rows leaves such rows out"):
+        inspect(InspectConfig(**given))
+    assert len(inspect(InspectConfig(**given, skip_malformed_rows=True))) == 2
+    assert "1 malformed rows left out, the first: p.jsonl:3: no 'rejected'" in capsys.readouterr().err
+
+
+def test_padding_and_ids_that_a_model_does_not_have_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "grown", seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="padding token has the id 30, outside the policy's vocabulary of 30"):
+        inspect(InspectConfig(**{**options, "model": str(folder)}))
+    smaller = make_model(tmp_path / "smaller", seed=1, vocab_size=20)
+    with pytest.raises(ValueError, match="is outside the reference's vocabulary of 20"):
+        inspect(InspectConfig(**{**options, "ref_model": str(smaller)}))
+
+
 def test_help_is_quick() -> None:
     code = (
         "import sys\n"

@@ -24,11 +24,11 @@ from selective_pref import NonFiniteError, selective_dpo_loss
 from selective_pref_adapters import references
 from selective_pref_adapters.batch import responses
 from selective_pref_adapters.deepspeed_loop import loop, train
-from selective_pref_adapters.deepspeed_loop.checks import check_policy
 from selective_pref_adapters.deepspeed_loop.engine import start_processes
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog
 from selective_pref_adapters.deepspeed_loop.sampling import make_order, number_of_steps, pairs_per_step, share_of
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.model_checks import check_policy
 from selective_pref_adapters.models import load_model
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs

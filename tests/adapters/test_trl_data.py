@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import collate, read_rows, tokenize_pairs
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
+from selective_pref_adapters.trl_trainer.command import LocalSplits, split_of
 from selective_pref_adapters.trl_trainer.data import PairCollator
 from tiny import text_rows, write_jsonl
 
@@ -86,6 +87,30 @@ def test_the_trainer_has_the_ids_of_training(tmp_path: Path, policy_folder: Path
             assert torch.equal(batch[key], tensor), key
         made.train()
         assert made.evaluate(rows[:5])["eval_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
+@pytest.mark.parametrize(("length", "mode"), [(6, "keep_start"), (4, "keep_start"), (6, "keep_end"), (3, "keep_end")])
+def test_the_trainer_cuts_and_leaves_out_as_training_does(
+    tmp_path: Path, policy_folder: Path, length: int, mode: Any
+) -> None:
+    """From the options of its configuration on, through its own collator."""
+    turns = [
+        {"role": role, "content": word} for role, word in (("assistant", "w1"), ("user", "w2"), ("assistant", "w3"))
+    ]
+    talk = {"prompt": [{"role": "user", "content": "w0"}], "chosen": turns, "rejected": turns[2:]}
+    alike = [{"prompt": "w9 ", "chosen": f"{word} w1 w2", "rejected": "w7 w1 w2"} for word in ("w7", "w8")]
+    rows = read_rows(write_jsonl(tmp_path / "rows.jsonl", [*TEXT, talk, *alike]))
+    pairs, report = tokenize_pairs(
+        rows, AutoTokenizer.from_pretrained(policy_folder), max_length=length, truncation_mode=mode
+    )
+    assert report.truncated
+    assert report.left_out
+    made = trainer(tmp_path, policy_folder, rows, max_length=length, truncation_mode=mode)
+    assert [row["place"] for row in made.train_dataset] == [pair.place for pair in pairs]
+    batch = made.data_collator(list(made.train_dataset))
+    for key, tensor in collate(pairs, made.processing_class.pad_token_id).items():
+        assert torch.equal(batch[key], tensor), key
 
 
 def test_a_store_that_score_filled_serves_dpo(
@@ -169,3 +194,14 @@ def test_a_collator_of_ones_own_must_know_of_other_turns(tmp_path: Path, policy_
     told = [word for word, counts in zip(words, pair.chosen_mask, strict=True) if counts]
     assert told == ["w1", "w2", "</s>", "w4", "</s>"]
     trainer(tmp_path, policy_folder, Dataset.from_list(TEXT), data_collator=Own(pad_token_id=0)).train()
+
+
+def test_a_file_is_read_once_and_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*SETS["alpaca"], {"prompt": "w1"}])
+    args = SelectiveDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, skip_malformed_rows=True)
+    rows = split_of(LocalSplits(str(path), args), "train")
+    assert len(rows) == 12
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:30] for line in said] == ["note: rows.jsonl: Alpaca rows:", "note: 1 malformed rows left ou"]
+    with pytest.raises(ValueError, match=r"the data set has no split 'test', only \['train'\]"):
+        split_of(LocalSplits(str(path), args), "test")

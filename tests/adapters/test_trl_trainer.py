@@ -713,7 +713,7 @@ def test_the_default_length_is_what_all_models_can_read(make: Make, tmp_path: Pa
 def test_rows_that_were_scored_at_another_length_name_it(make: Make, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     make(reference_store=store)
-    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; score them with the same --max-length"):
+    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; fill the store with the same"):
         make(reference_store=store, ref_model=None, max_length=7)
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref_adapters.batch import responses
+from selective_pref_adapters.heads import frozen_per_token_logps
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
 from selective_pref_adapters.pairs import (
     RowError,
     TokenizationReport,
+    TokenizedPair,
     collate,
     completion_mask,
     preference_row,
     tokenize_pairs,
     uncounted_spans,
 )
+from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.reference_store.store import rows_of_pairs
 from selective_pref_adapters.trl_trainer.data import PairCollator, dataset_of_rows, prepared
 from small_tokenizers import KINDS, small_tokenizer
@@ -113,6 +118,23 @@ def test_masks_of_several_turns_survive_cutting_and_every_door(beyond: int, mode
     assert [row.mask.tolist() for row in stored[::2]] == [pair.chosen_mask.tolist() for pair in pairs]
     chosen, _ = responses(batch, torch.zeros(4, batch["input_ids"].shape[1] - 1))
     assert int(chosen.mask.sum()) == sum(int(pair.chosen_mask[1:].sum()) for pair in pairs)
+
+
+def test_a_store_tells_rows_apart_by_what_counts_in_them(tmp_path: Path, reference_folder: Path) -> None:
+    """The same ids, from the same prompt on, but the middle turn counts in one row and not in the other."""
+    ids = [1, 5, 6, 7, 8, 9, 2]
+    sides = {"chosen_ids": ids, "rejected_ids": [1, 5, 7, 2], "chosen_prompt_length": 2, "rejected_prompt_length": 2}
+    pairs = [TokenizedPair(**sides, chosen_uncounted=spans, place=str(spans)) for spans in (((3, 5),), ((4, 6),), ())]
+    model, tokenizer = (kind.from_pretrained(reference_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    store = ReferenceStore.create(tmp_path / "store", reference_space(model, tokenizer))
+    assert fill_store(store, pairs, model, pad_token_id=0, progress=False).computed == 4  # one rejected side for all
+    batch = collate(pairs, 0)
+    stored, computed = store.lookup(batch), frozen_per_token_logps(model.eval(), batch)
+    mask = batch["completion_mask"][:, 1:] != 0
+    torch.testing.assert_close(stored[mask], computed[mask], rtol=1e-5, atol=1e-5)
+    other = TokenizedPair(**sides, chosen_uncounted=((5, 6),), place="other")
+    with pytest.raises(MissingRowsError, match="1 of 1 pairs are not in the store"):
+        store.check([other])
 
 
 def test_a_template_that_cannot_show_whose_words_are_whose_leaves_the_row_out() -> None:
@@ -219,9 +241,10 @@ def test_every_reason_is_told_with_the_length_in_force_and_what_helps() -> None:
     )
     everything, report = tokenize_pairs(read, tokenizer, max_length=4096, keep_unteachable=True)
     assert len(everything) == len(rows)
-    assert report.unteachable == len(rows) - 3
+    assert report.unteachable.total() == len(rows) - 3
     assert any(
-        "an empty completion or two equal sides" in line and "the other 3 alone" in line for line in report.lines()
+        "teach nothing (" in line and "1 a tool call that the chat template does not write" in line
+        for line in report.lines()
     )
 
 

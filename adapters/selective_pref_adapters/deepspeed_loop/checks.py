@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,6 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
-from selective_pref_adapters.model_checks import check_no_auxiliary_loss, check_savable, check_trainable
 from selective_pref_adapters.objectives import make_objective, needs_reference, unread
 from selective_pref_adapters.options import LossOptions, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
@@ -126,17 +124,6 @@ def usable_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
     return folder
-
-
-def check_policy(policy: torch.nn.Module, tokenizer: Any) -> list[str]:
-    """What can be known of the policy before it is trained; returns what a reader should know.
-
-    Raises:
-        ValueError: nothing of it would learn, it asks for a loss that is not added here, or it could not be saved.
-    """
-    check_trainable(policy)
-    check_no_auxiliary_loss(policy)
-    return check_savable(policy, tokenizer)
 
 
 def warm_up_note(config: TrainConfig, steps: int) -> list[str]:

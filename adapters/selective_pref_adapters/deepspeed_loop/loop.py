@@ -25,7 +25,6 @@ from transformers.utils.logging import disable_progress_bar
 from selective_pref import Objective, PreferenceLoss, diagnostics
 from selective_pref_adapters.deepspeed_loop.checks import (
     check_config,
-    check_policy,
     check_space,
     configured_objective,
     image_note,
@@ -56,7 +55,6 @@ from selective_pref_adapters.deepspeed_loop.resume import (
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog, write_summary
 from selective_pref_adapters.deepspeed_loop.sampling import (
     evaluation_batches,
-    first_pairs,
     make_order,
     number_of_steps,
     pair_length,
@@ -73,7 +71,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
     metrics_of_step,
 )
 from selective_pref_adapters.heads import model_per_token_logps
-from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.model_checks import check_padding, check_policy
 from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
@@ -252,15 +250,20 @@ def training_step(run: Run, step: int, batches: Sequence[Sequence[TokenizedPair]
 
 
 def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None) -> PreferenceLoss:
-    """Token ids of a batch → log-probs of policy and references → losses of its first `count` pairs (None: of all)."""
+    """Token ids of a batch → log-probs of policy and references → losses.
+
+    Args:
+        run: with the models.
+        pairs: the batch.
+        count: how many of the pairs, the first ones, are read by the loss; None or 0 for all.
+    """
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
     logps = [model_per_token_logps(run.engine, batch)]
     logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
-    batch = {name: first_pairs(tensor, count, len(pairs)) for name, tensor in batch.items()}
-    counted = (None if some is None else first_pairs(some, count, len(pairs)) for some in logps)
-    weights = pair_weights(pairs[:count])
+    counted = None if count is None else torch.arange(len(pairs)) < count
+    weights = pair_weights(pairs)
     weights = None if weights is None else weights.to(run.engine.device)
-    return loss_of_batch(run.objective, batch, *counted, pair_weights=weights, chosen_only=run.chosen_only)
+    return loss_of_batch(run.objective, batch, *logps, pair_weights=weights, chosen_only=run.chosen_only, pairs=counted)
 
 
 def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: float) -> Metrics:
@@ -276,7 +279,7 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
     seen: list[tuple[dict[str, torch.Tensor], int]] = []
     with torch.no_grad():
         for pairs, count in batches:
-            out = losses_of(run, pairs, max(count, 1))
+            out = losses_of(run, pairs, count)
             if finite_everywhere(out.losses):
                 seen.append((diagnostics(out, chosen_only=run.chosen_only), count))
             else:

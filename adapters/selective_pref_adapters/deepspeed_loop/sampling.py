@@ -117,19 +117,6 @@ def evaluation_batches(
     return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]
 
 
-def first_pairs(stacked: torch.Tensor, count: int | None, pairs: int) -> torch.Tensor:
-    """The rows of the first `count` of B pairs; all of them for None.
-
-    Args:
-        stacked: [2B …], chosen rows first; [B …] without rejected ones.
-        count: at most B.
-        pairs: B.
-    """
-    if count is None or count == pairs:
-        return stacked
-    return torch.cat([side[:count] for side in stacked.split(pairs)])
-
-
 def pair_length(pair: TokenizedPair) -> int:
     """Tokens of the longer side."""
     return max(len(pair.chosen_ids), len(pair.rejected_ids))

@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from selective_pref import PreferenceLoss
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
@@ -32,12 +30,12 @@ from selective_pref_adapters.hf_trainer.checks import (
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
 from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_trainable
+from selective_pref_adapters.models import running_model, usable_length
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
 from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, logged_numbers, selects
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, is_initial_policy
-from selective_pref_adapters.seeing.pictures import remove_selections_after
-from selective_pref_adapters.seeing.shown import shown_pairs
-from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw, keep_selection
+from selective_pref_adapters.seeing.shown import ShownPair, shown_pairs
+from selective_pref_adapters.seeing.trackers import SelectionPictures
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,6 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.warnings: list[dict[str, Any]] = []
         self.history: dict[str, list[list[float]]] = {}  # [margin / β, accuracy] of the last logs, by prefix
         self.trainer: Any = None
-        self._drawn_at = -1
 
     def state(self) -> dict[str, Any]:
         """What checkpoints keep: the options, and what the warnings look back on."""
@@ -116,15 +113,16 @@ class SelectionCallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         loss.collect_metrics()
         self._set_step(0)
-        if self.picture_pairs and not can_draw() and trainer.is_world_process_zero():
-            logger.warning("%s", NO_IMAGES)
+        pictures = any(isinstance(found, SelectionPictures) for found in trainer.callback_handler.callbacks)
+        if self.picture_pairs and not pictures:
+            trainer.add_callback(SelectionPictures(trainer, self.picture_pairs, self._shown))
         trainer.model_accepts_loss_kwargs = False  # the model computes no loss, so it gets no count of items
         # A prediction would have two rows per pair, and the Trainer cuts off the last rows of the gathered ones, which
         # are not those that were repeated.
         trainer.args.prediction_loss_only = True
         for reference in loss.references.values():
             if isinstance(reference, AdapterOffReference):
-                reference.policy = functools.partial(_runnable, trainer)
+                reference.policy = functools.partial(running_model, trainer)
             elif isinstance(reference, RunningReference):
                 reference.start = functools.partial(started_as_policy, trainer)
                 install_fused_head(reference.model, at_first_call=True, share_prefix=collator.share_prefix)
@@ -135,7 +133,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         collator.chosen_only = collator.chosen_only or loss.objective in CHOSEN_ONLY
         models = models_of(trainer)
         check_padding(collator.tokenizer, models)
-        collator.set_max_length(models)
+        collator.max_length = usable_length(collator.max_length, models)
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, loss, models)
         _let_logs_carry_metrics(trainer)
@@ -151,11 +149,9 @@ class SelectionCallback(TrainerCallback, ExportableState):
         check_references(self.trainer)  # again: parameters may have been frozen, or unfrozen, since
         check_trainable(self.trainer.model)
         if state.global_step == 0:
-            self.warnings, self.history, self._drawn_at = [], {}, -1
+            self.warnings, self.history = [], {}
         else:
             check_reloadable(self.trainer, "resume_from_checkpoint")
-        if self.picture_pairs and state.is_world_process_zero:
-            remove_selections_after(Path(args.output_dir), state.global_step)  # of another run, or one that is resumed
         stored = state.stateful_callbacks.get(type(self).__name__)
         if stored is not None and state.global_step > 0:
             if stored["args"] != self.state()["args"]:
@@ -259,29 +255,15 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """`Trainer.predict` writes no log, but returns its metrics."""
         self.add_metrics(metrics)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draws the fixed pairs, once per step."""
-        sets = [dataset for name, dataset in datasets_of(self.trainer) if name.startswith("eval")]
-        if not self.picture_pairs or not sets or self._drawn_at == state.global_step:
-            return
-        self._drawn_at = state.global_step
-        rows = [sets[0][index] for index in range(min(self.picture_pairs, len(sets[0])))]
-        out, places = self._preferences(rows)
-        if self.trainer.is_world_process_zero():
-            tokenizer = self.trainer.data_collator.tokenizer
-            pairs = self.trainer.data_collator.pairs(rows)
-            ids = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs if pair.rejected_ids]
-            keep_selection(self.trainer, shown_pairs(out, ids, tokenizer, places=places))
-
-    def _preferences(self, rows: Sequence[Any]) -> tuple[PreferenceLoss, list[str]]:
-        """The losses of these pairs, and where they came from. Every process runs it: weights may be sharded."""
+    def _shown(self, rows: list[Any], _: int) -> list[ShownPair]:
+        """These rows as the pictures show them. Every process calls it: weights may be sharded."""
         trainer = self.trainer
         labels = trainer._prepare_inputs(trainer.data_collator(rows))["labels"]
-        model = _runnable(trainer)
+        model = running_model(trainer)
         model.eval()
         with torch.no_grad(), self.loss.without_metrics():  # they are not a part of the evaluation
             out, _ = self.loss.preferences(frozen_per_token_logps(model, labels), labels)
-        return out, labels.places
+        return shown_pairs(out, labels["input_ids"], trainer.data_collator.tokenizer, places=labels.places)
 
 
 # --- reaching into the trainer ---------------------------------------------------------------------------------------
@@ -294,12 +276,6 @@ def _schedule(name: str, value: Schedule | Mapping[str, Any]) -> Schedule:
         f"{name} must be a Schedule(start=..., end=..., steps=...); got {value!r}: a constant belongs into "
         f"SelectivePreferenceLoss({name}=...)"
     )
-
-
-def _runnable(trainer: Any) -> Any:
-    """The policy as it is to be called without a gradient: inside the engine where one shards its weights."""
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    return trainer.model_wrapped if sharded else trainer.model
 
 
 def _let_logs_carry_metrics(trainer: Any) -> None:

@@ -15,14 +15,9 @@ from transformers import Trainer
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator
 from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, NO_REJECTED, SelectivePreferenceLoss
-from selective_pref_adapters.model_checks import (
-    check_no_auxiliary_loss,
-    check_reloadable,
-    check_savable,
-    check_trainable,
-)
+from selective_pref_adapters.model_checks import check_policy, check_reloadable
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
-from selective_pref_adapters.models import check_token_ids, context_length, has_dropout, keep_trainable_in_4_bits
+from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
 from selective_pref_adapters.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, as_names
 from selective_pref_adapters.references import AdapterOffReference
@@ -88,19 +83,10 @@ def check_trainer(trainer: Trainer) -> None:
         if wrong:
             raise ValueError(message)
     check_references(trainer)
-    check_policy(trainer)
-
-
-def check_policy(trainer: Trainer) -> None:
-    """Raises ValueError at a policy that would learn nothing, could not be saved, or lose a part of its loss."""
-    keep_trainable_in_4_bits(trainer.model)
-    check_trainable(trainer.model)
-    if trainer.compute_loss_func.reads_reference and has_dropout(trainer.model):
-        logger.warning("%s", _DROPOUT)
-    check_no_auxiliary_loss(trainer.model)
-    for note in check_savable(trainer.model, trainer.processing_class):
+    notes = check_policy(trainer.model, trainer.processing_class)
+    for note in [_DROPOUT] * (loss.reads_reference and has_dropout(trainer.model)) + notes:
         logger.warning("%s", note)
-    if trainer.args.load_best_model_at_end:
+    if args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")
 
 

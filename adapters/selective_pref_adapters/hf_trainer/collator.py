@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, labels_of, to_bits
-from selective_pref_adapters.models import pad_token_id, usable_length
+from selective_pref_adapters.models import pad_token_id
 from selective_pref_adapters.options import PAPER_MAX_LENGTH, SharePrefix, Truncation
 from selective_pref_adapters.pairs import (
+    Columns,
     RowError,
     TokenizedPair,
     Tokenizer,
@@ -86,6 +87,7 @@ class PreferenceCollator:
         max_length: tokens of prompt + completion of a raw row; None for what policy and references can read, at most
             the paper's 4096. `SelectionCallback` sets it, and refuses more than they can read.
         truncation_mode: of raw rows, as in `tokenize_pairs`.
+        columns: of raw rows, as in `preference_row`: ``{"prompt": "question", "chosen": "answer", ...}``.
         reference_store: where stored reference log-probs are looked up; None for a reference that runs.
         scoring_reference_store: likewise, of a second reference from which scores are made (Eq. 6).
         share_prefix: `auto` computes a pair's prompt once, and no padding, for policy and references, where their fused
@@ -97,6 +99,7 @@ class PreferenceCollator:
     tokenizer: Tokenizer
     max_length: int | None = None
     truncation_mode: Truncation = "keep_start"
+    columns: Columns | None = field(default=None, kw_only=True)
     reference_store: ReferenceStore | None = None
     scoring_reference_store: ReferenceStore | None = None
     share_prefix: SharePrefix = "auto"
@@ -112,14 +115,6 @@ class PreferenceCollator:
                     f"{name} must be a ReferenceStore; got {type(store).__name__}: ReferenceStore.open(path)"
                 )
             store.check_tokenizer(self.tokenizer)
-
-    def set_max_length(self, models: Mapping[str, Any]) -> None:
-        """Sets `max_length` where it was left open, to what all models can read, at most the paper's 4096.
-
-        Raises:
-            ValueError: `max_length` is more than a model can read.
-        """
-        self.max_length = usable_length(self.max_length, models)
 
     @property
     def stores(self) -> dict[str, ReferenceStore]:
@@ -170,7 +165,7 @@ class PreferenceCollator:
         if not row:
             raise RowError(f"{place} has no columns left: set remove_unused_columns=False in TrainingArguments")
         limit = self.max_length or min(PAPER_MAX_LENGTH, self.tokenizer.model_max_length)
-        read = preference_row(dict(row), place, chosen_only=self.chosen_only)
+        read = preference_row(dict(row), place, self.columns, chosen_only=self.chosen_only)
         try:
             (pair,), _ = tokenize_pairs([read], self.tokenizer, max_length=limit, truncation_mode=self.truncation_mode)
         except ValueError as error:

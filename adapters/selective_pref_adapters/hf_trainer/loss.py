@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
@@ -169,18 +169,19 @@ class SelectivePreferenceLoss:
             total = out.losses.sum() if kept.any() else 0.0 * logps.sum()
             return total / num_items_in_batch
         losses = out.losses.new_zeros(labels.pairs)
-        losses[torch.from_numpy(kept)] = out.losses if kept.any() else losses[:0]
-        counted = torch.from_numpy(kept & self._own(labels)).to(losses.device)
+        losses[kept] = out.losses if kept.any() else losses[:0]
+        counted = (kept & self._own(labels)).to(losses.device)
         return labels.pairs * evaluation_mean(losses, counted) / num_items_in_batch
 
-    def preferences(self, logps: Tensor, labels: PreferenceLabels) -> tuple[PreferenceLoss, np.ndarray]:
+    def preferences(self, logps: Tensor, labels: PreferenceLabels) -> tuple[PreferenceLoss, Tensor]:
         """The losses of a batch's pairs; adds their metrics to the window.
 
         Evaluations (no gradient) use the numbers at the end of the schedules. In the last batch of an evaluation over
         several processes, pairs that were repeated to fill it up are not in the metrics.
 
         Returns:
-            The losses of the kept pairs (of all, if none is), and which pairs of the batch were kept: bool [B].
+            The losses of the kept pairs (of all, if none is), and which pairs of the batch were kept: bool [B] on the
+            CPU.
         """
         training = torch.is_grad_enabled()
         refs = {key: ref_logps_of(labels, key, self.references.get(key)) for key in (REF_LOGPS, SCORING_REF_LOGPS)}
@@ -190,28 +191,26 @@ class SelectivePreferenceLoss:
             raise ValueError(NO_REFERENCE.format(objective=self.objective))
         objective = self._bound(**(self.numbers if training else self.evaluation_numbers))
 
-        def losses_of(pairs: np.ndarray) -> PreferenceLoss:
-            chosen = np.flatnonzero(pairs) if pairs.any() else np.arange(len(pairs))
-            sides = [chosen] if labels.chosen_only else [chosen, chosen + len(pairs)]
-            rows: Any = torch.from_numpy(np.concatenate(sides)).to(logps.device)
-            firsts, rows = (slice(None), slice(None)) if pairs.all() else (rows[: len(chosen)], rows)
-            some = [None if ref is None else ref[rows] for ref in refs.values()]
-            mask = {"completion_mask": labels["completion_mask"][rows]}
-            weights = from_bits(labels[PAIR_WEIGHTS])[firsts] if PAIR_WEIGHTS in labels else None
-            options: Any = {"pair_weights": weights, "chosen_only": labels.chosen_only}
-            return loss_of_batch(objective, mask, logps[rows], *some, **options)
-
-        kept = np.ones(labels.pairs, dtype=bool)
-        out = losses_of(kept)
+        losses_of = partial(
+            loss_of_batch,
+            objective,
+            labels,
+            logps,
+            *refs.values(),
+            pair_weights=from_bits(labels[PAIR_WEIGHTS]) if PAIR_WEIGHTS in labels else None,
+            chosen_only=labels.chosen_only,
+        )
+        kept = torch.ones(labels.pairs, dtype=torch.bool)
+        out = losses_of()
         if not finite_everywhere(out.losses):
             mask = labels["completion_mask"][:, 1:] != 0
             if self.non_finite == "raise" or not finite_everywhere(logps.detach().masked_fill(~mask, 0.0)):
                 raise non_finite_error(out, self.where if training else f"evaluation at {self.where}", labels.places)
-            kept = torch.isfinite(out.losses.detach()).cpu().numpy()
-            out = losses_of(kept)
+            kept = torch.isfinite(out.losses.detach()).cpu()
+            out = losses_of(pairs=kept)
         if self.windows is not None:
             own = self._own(labels)
-            seen = out if own.all() else losses_of(kept & own)
+            seen = out if own.all() else losses_of(pairs=kept & own)
             window = self.windows["train" if training else "eval"]
             window.add(
                 self._metrics(seen, labels.chosen_only),
@@ -220,10 +219,10 @@ class SelectivePreferenceLoss:
             )
         return out, kept
 
-    def _own(self, labels: PreferenceLabels) -> np.ndarray:
-        """Which pairs of a batch are this process's own: bool [B]."""
+    def _own(self, labels: PreferenceLabels) -> Tensor:
+        """Which pairs of a batch are this process's own: bool [B] on the CPU."""
         own = labels.pairs if torch.is_grad_enabled() else own_pairs(labels.pairs)
-        return np.arange(labels.pairs) < own
+        return torch.arange(labels.pairs) < own
 
     def _metrics(self, out: PreferenceLoss, chosen_only: bool) -> dict[str, Tensor]:
         """`diagnostics`, and how far policy and reference are apart: the mean |log-ratio| of a token."""

@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 """The label of tokens that are not trained: prompt and padding."""
 
 Spans: TypeAlias = tuple[tuple[int, int], ...]
-"""Places [start, end) in a row of token ids, in order."""
+"""Runs of tokens [start, end) in a row of token ids, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class TokenizedPair:
     Attributes:
         chosen_ids, rejected_ids: prompt and completion of each side.
         chosen_prompt_length, rejected_prompt_length: the prompt tokens that stand before each completion.
-        chosen_uncounted, rejected_uncounted: places of the completion that do not count, as they are not the
+        chosen_uncounted, rejected_uncounted: spans of the completion that do not count, as they are not the
             assistant's: turns of users and tools between its own. Mostly there are none.
         place: where the row came from (`file.jsonl:17`), for error messages.
         weight: what the pair's loss is multiplied by, at least 0; None for a pair of rows without weights.

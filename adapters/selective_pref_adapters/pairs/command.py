@@ -12,9 +12,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from selective_pref_adapters.models import load_config, load_tokenizer, usable_length
 from selective_pref_adapters.options import RowsConfig
 from selective_pref_adapters.pairs import (
     EncodedRow,
@@ -26,7 +26,6 @@ from selective_pref_adapters.pairs import (
     scan_rows,
 )
 
-LONGEST = 4096  # the paper's
 _SHOWN_TOKENS = 48
 """Tokens of one side of a row that are written out as text; of more, the middle is left out."""
 
@@ -64,7 +63,8 @@ def show_rows(config: RowsConfig) -> int:
     if config.max_length is not None and config.max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens; got {config.max_length}")
     tokenizer = load_tokenizer(config.tokenizer)
-    length = config.max_length or default_length(config.tokenizer, tokenizer)
+    model = load_config(config.tokenizer)
+    length = config.max_length or usable_length(None, {} if model is None else {"policy": model})
     notes: list[str] = []
     found = look_at_rows(config, tokenizer, length, notes)
     everything = {
@@ -79,27 +79,6 @@ def show_rows(config: RowsConfig) -> int:
     }
     print(json.dumps(everything) if config.json else "\n".join(as_text(everything)))
     return 0 if found.report.kept else 1
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        where = "the folder has none" if Path(name).exists() else "there is no such folder, nor a hub model at hand"
-        raise ValueError(f"cannot load the tokenizer of {name!r} ({where}): {error}") from error
-
-
-def default_length(name: str, tokenizer: Any) -> int:
-    """What the model beside a tokenizer can read, as far as that is known; at most 4096."""
-    limits = [LONGEST, tokenizer.model_max_length]
-    if (Path(name) / "config.json").is_file():
-        from transformers import AutoConfig
-
-        limits.append(getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", LONGEST))
-    return min(limits)
 
 
 def look_at_rows(config: RowsConfig, tokenizer: Any, length: int, notes: list[str]) -> Findings:

@@ -165,11 +165,18 @@ def _of_hub(source: str) -> Iterator[RawRow]:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or kind_of(Path(name))[0]:
         raise FileNotFoundError(absent)
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         dataset = load_dataset(name, split=split or "train")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{absent}. The hub does not give it either: {error}") from error
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"{source}: the files of this data set cannot be read as one table: {error.__cause__ or error}. Download "
+            f"them (hf download --repo-type dataset {name} --local-dir FOLDER) and give the folder, which is read row "
+            "by row"
+        ) from error
     for number, row in enumerate(dataset):
         yield f"{name}:{split or 'train'}, row {number}", row
 
@@ -235,7 +242,10 @@ def _list_in(whole: Any, name: str) -> list[Any]:
         found = f"an object with the lists {sorted(lists)}" if lists else f"an object with {sorted(whole)}"
     else:
         found = type(whole).__name__
-    raise RowError(f"{name}: expected a list of rows, one row per line, or an object that holds one list; got {found}")
+    raise RowError(
+        f"{name}: expected a list of rows, one row per line, or an object that holds one list; got {found}. Write the "
+        "rows to be read to a file of their own"
+    )
 
 
 def _json(text: bytes, place: str) -> Any:

@@ -70,7 +70,7 @@ class Rendering:
         if not _is_plain(self.tokenizer):
             return [list(ids) for ids in self.tokenizer(texts, **options)["input_ids"]]
         self.tokenizer(texts[:1], **options)  # sets padding and truncation of the tokenizer within
-        # The same without the places of tokens in the text, which take half of the time and are not needed.
+        # The same without the offsets of tokens in the text, which take half of the time and are not needed.
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 

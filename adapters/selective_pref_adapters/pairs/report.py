@@ -46,7 +46,7 @@ class TokenizationReport:
         truncated: kept pairs of which a side was cut.
         boundary_merged: kept pairs whose prompt ends in other tokens once a completion follows.
         tools_unread: kept pairs with tools that the chat template does not write.
-        unteachable: kept pairs that teach nothing (`keep_unteachable`).
+        unteachable: reason → how many kept pairs teach nothing (`keep_unteachable`).
         malformed: rows that the chat template refused, where that was not to be an error.
         max_length, truncation_mode: those in force.
         unit: what is counted: "pairs", or "rows" of one answer.
@@ -58,7 +58,7 @@ class TokenizationReport:
     truncated: int = 0
     boundary_merged: int = 0
     tools_unread: int = 0
-    unteachable: int = 0
+    unteachable: Counter[str] = field(default_factory=Counter[str])
     malformed: int = 0
     max_length: int = 0
     truncation_mode: str = "keep_start"
@@ -83,10 +83,10 @@ class TokenizationReport:
                 "completion follows: their completion starts where the ids diverge"
             )
         if self.unteachable:
-            others = self.kept - self.unteachable
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.unteachable.most_common())
             lines.append(
-                f"{self.unteachable} of {self.kept} kept {self.unit} have an empty completion or two equal sides: only "
-                f"TRL's own tokenisation trains on them, selective-pref train on the other {others} alone"
+                f"{self.unteachable.total()} of {self.kept} kept {self.unit} teach nothing ({reasons}): training "
+                "leaves them out, unless TRL tokenises by itself (stock_tokenization)"
             )
         if self.tools_unread:
             lines.append(

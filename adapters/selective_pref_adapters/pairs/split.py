@@ -33,7 +33,10 @@ def split_pair(prompt: Prose | None, chosen: Prose, rejected: Prose, place: str)
         _check_ends(prompt, *answers, place)
         return prompt, *answers
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise RowError(f"{place}: prompt, chosen and rejected must be all text or all message lists; got {kinds}")
+        raise RowError(
+            f"{place}: chosen and rejected must be both text or both messages; got {kinds}. Write the text as a "
+            'message, [{"role": "assistant", "content": "…"}]'
+        )
     if prompt is None:
         return _prompt_of_messages(chosen, rejected, place)
     if not _is_conversation(chosen) and not _is_conversation(rejected):

@@ -120,7 +120,7 @@ def tokenize_pairs(
             report.left_out[NO_COMPLETION if keep_unteachable and reason != UNSEEN else str(reason)] += 1
             continue
         pairs.append(pair)
-        report.unteachable += reason is not None
+        report.unteachable.update([] if reason is None else [reason])
         report.truncated += pair is not encoded.pair
         report.boundary_merged += encoded.merged
         report.tools_unread += encoded.tools_unread

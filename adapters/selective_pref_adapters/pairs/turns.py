@@ -1,6 +1,6 @@
 """Which tokens of a completion of several turns are the assistant's.
 
-In: a conversation, where its completion begins, and a tokenizer. Out: the places of the completion that do not count,
+In: a conversation, where its completion begins, and a tokenizer. Out: the spans of the completion that do not count,
 as users and tools speak there.
 
 Where the chat template marks what is generated (`{% generation %}`), its marks are taken. Elsewhere the conversation is
@@ -40,7 +40,7 @@ def other_turns(
     """The tokens of a completion that are not the assistant's, or None where it cannot be told.
 
     Args:
-        tokenizer: gives the places of tokens in a text.
+        tokenizer: says where in a text each token stands.
         template: the chat template in force.
         render: applies it, with the tools and options of the row.
         messages: prompt and completion.
@@ -56,9 +56,9 @@ def other_turns(
     if answers is None:
         return None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]  # without a BOS that stood there twice
+    offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]  # without a BOS that stood there twice
     answers[0] = (0, answers[0][1])  # from the first token of the completion on
-    return uncounted_spans([any(begin < e and end > s for s, e in answers) for begin, end in places], start)
+    return uncounted_spans([any(begin < e and end > s for s, e in answers) for begin, end in offsets], start)
 
 
 def _answers(messages: Messages, first: int, text: str, render: Render) -> list[tuple[int, int]] | None:

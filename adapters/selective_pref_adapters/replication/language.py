@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ DIGITS = tuple("0123456789")
 END_OF_PROMPT = ":"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
+_WELL_FORMED = re.compile(" ".join(rf"{marker}( ({'|'.join(FILLERS)})){{1,3}} [0-9]" for marker in MARKERS))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
@@ -53,6 +56,19 @@ class Prompts:
 
     train: list[str]
     held_out: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How an answer is filled: with which words, and how many in a segment (at least one)."""
+
+    fillers: tuple[str, ...] = FILLERS
+    most: int = 3
+
+
+PLAIN = Style()
+OTHER_STYLE = Style(fillers=FILLERS[:2], most=1)
+"""Right answers in a way of one's own: one of two filler words, once a segment."""
 
 
 def make_language(seed: int) -> Language:
@@ -94,11 +110,11 @@ def keys_of(prompt: str) -> list[str]:
     return prompt.split()[:-1]
 
 
-def answer_text(digits: Sequence[str], rng: random.Random) -> str:
+def answer_text(digits: Sequence[str], rng: random.Random, style: Style = PLAIN) -> str:
     """The answer with these digits and filler of its own; it starts with the space that parts it from the prompt."""
     words = []
     for marker, digit in zip(MARKERS, digits, strict=True):
-        words += [marker, *rng.choices(FILLERS, k=rng.randint(1, 3)), digit]
+        words += [marker, *rng.choices(style.fillers, k=rng.randint(1, style.most)), digit]
     return " " + " ".join(words)
 
 
@@ -112,8 +128,24 @@ def is_right(language: Language, prompt: str, answer: str) -> bool:
     return digits_of(answer.split()) == [language.table[key] for key in keys_of(prompt)]
 
 
+def is_well_formed(answer: str) -> bool:
+    """Whether an answer has the four segments, each a marker, one to three fillers and a digit, and nothing else.
+
+    >>> is_well_formed("first so 7 second er 3 third hm oh 0 fourth yes 2")
+    True
+    >>> is_well_formed("first so 7 second 3 third hm oh 0 fourth yes 2")
+    False
+    """
+    return bool(_WELL_FORMED.fullmatch(" ".join(answer.split())))
+
+
 def supervised_texts(
-    language: Language, prompts: Sequence[str], rng: random.Random, *, error_rate: float
+    language: Language,
+    prompts: Sequence[str],
+    rng: random.Random,
+    *,
+    error_rate: float,
+    style: Style = PLAIN,
 ) -> list[tuple[str, str]]:
     """(prompt, answer) of every prompt. At `error_rate`, a doubtful key gets one of the nine wrong digits."""
 
@@ -121,7 +153,7 @@ def supervised_texts(
         wrong = key in language.doubtful and rng.random() < error_rate
         return wrong_digit(language, key, rng) if wrong else language.table[key]
 
-    return [(prompt, answer_text([digit(key) for key in keys_of(prompt)], rng)) for prompt in prompts]
+    return [(prompt, answer_text([digit(key) for key in keys_of(prompt)], rng, style)) for prompt in prompts]
 
 
 def preference_rows(

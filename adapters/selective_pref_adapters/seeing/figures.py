@@ -102,11 +102,11 @@ def data_figures(found: Statistics) -> list[Figure]:
 
     def positions(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        middle = [(place + 0.5) / POSITIONS for place in range(POSITIONS)]
+        middle = [(part + 0.5) / POSITIONS for part in range(POSITIONS)]
         for (name, side), mark in zip(found.sides.items(), "os", strict=True):
             shares = [float("nan") if share is None else share for share in side.by_position]
             axes.plot(middle, shares, color=colours[name], marker=mark, ms=4, label=name)
-        axes.set(title="Kept share by position", xlabel="place in the response, 0 to 1", ylabel="kept share")
+        axes.set(title="Kept share by position", xlabel="position in the response, 0 to 1", ylabel="kept share")
         axes.set_ylim(bottom=0)
         axes.legend()
 
@@ -116,7 +116,7 @@ def data_figures(found: Statistics) -> list[Figure]:
         for offset, (name, side) in zip((-0.2, 0.2), found.sides.items(), strict=True):
             shares = [side.by_class.get(kind, (0, 0.0))[1] for kind in names]
             axes.bar(
-                [place + offset for place in range(len(names))],
+                [index + offset for index in range(len(names))],
                 shares,
                 0.38,
                 color=colours[name],
@@ -141,7 +141,7 @@ def data_figures(found: Statistics) -> list[Figure]:
 
     drawn = [
         figure("scores", "How the scores are spread. The outermost bins hold what lies beyond them.", scores),
-        figure("positions", "What share of the tokens at each place of a response is kept.", positions),
+        figure("positions", "What share of the tokens at each position of a response is kept.", positions),
         figure("classes", "What share of each class of token is kept, and how many tokens it has.", classes),
     ]
     if found.overlaps:

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from selective_pref import selective_dpo_loss
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
-from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.model_checks import check_padding
+from selective_pref_adapters.models import check_token_ids, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.objectives import check_objective, loss_of_batch
 from selective_pref_adapters.pairs import (
     PreferenceRow,
@@ -60,7 +61,8 @@ def inspect(config: InspectConfig) -> list[ShownPair]:
     disable_progress_bar()
     notes = Console(stderr=True)
     about: list[str] = []
-    rows = read_rows(config.pairs, columns=parse_columns(config.columns), notes=about)
+    malformed: list[str] | None = [] if config.skip_malformed_rows else None
+    rows = read_rows(config.pairs, malformed, columns=parse_columns(config.columns), notes=about)
     for line in about:
         notes.print(f"[yellow]note:[/yellow] {line}", soft_wrap=True)
     wanted = row_numbers(config.rows, len(rows))
@@ -69,7 +71,10 @@ def inspect(config: InspectConfig) -> list[ShownPair]:
     tokenizer = load_tokenizer(config.model)
     policy = _ready(config, config.model)
     reference = _reference(config, tokenizer)
-    pairs = _tokenized([rows[n - 1] for n in numbers], tokenizer, config, policy, notes)
+    models = {"policy": policy} if config.ref_model is None else {"policy": policy, "reference": reference}
+    check_padding(tokenizer, models)
+    pairs = _tokenized([rows[n - 1] for n in numbers], tokenizer, config, models, malformed, notes)
+    check_token_ids(max(max(ids) for pair in pairs for _, ids, _ in pair.sides()), models)
     if isinstance(reference, ReferenceStore):
         reference.check(pairs)
     batches = _batches(pairs, tokenizer)
@@ -191,18 +196,27 @@ def _numbers_of(pairs: Sequence[TokenizedPair], rows: Sequence[PreferenceRow], n
 
 
 def _tokenized(
-    rows: Sequence[PreferenceRow], tokenizer: Any, config: InspectConfig, policy: Any, notes: Console
+    rows: Sequence[PreferenceRow],
+    tokenizer: Any,
+    config: InspectConfig,
+    models: Mapping[str, Any],
+    malformed: list[str] | None,
+    notes: Console,
 ) -> list[TokenizedPair]:
     pairs, report = tokenize_pairs(
         rows,
         tokenizer,
-        max_length=usable_length(config.max_length, {"policy": policy}),
+        max_length=usable_length(config.max_length, models),
         truncation_mode=config.truncation_mode,
         keep_unteachable=True,
+        malformed=malformed,
         progress=True,
     )
     kept = {pair.place for pair in pairs}
-    for line in report.lines():
+    lines = report.lines()
+    if malformed:
+        lines.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+    for line in lines:
         notes.print(f"[yellow]note:[/yellow] {line}", soft_wrap=True)
     if len(kept) < len(rows):
         gone = [row.place for row in rows if row.place not in kept]

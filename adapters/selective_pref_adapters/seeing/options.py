@@ -27,6 +27,8 @@ class InspectConfig:
     """Preference rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id (NAME:SPLIT)."""
     columns: str | None = None
     """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
+    skip_malformed_rows: bool = False
+    """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
     ref_model: str | None = None
     """Reference: a folder or hub id of a model with the same tokenizer."""
     store: str | None = None

@@ -272,5 +272,5 @@ def _checked_rows(ids: Any) -> Iterator[Sequence[int]]:
 
 def _without_padding(ids: Sequence[int], pad: int | None) -> Sequence[int]:
     """`ids` without padding on the left."""
-    start = next((place for place, token in enumerate(ids) if token != pad), len(ids))
+    start = next((index for index, token in enumerate(ids) if token != pad), len(ids))
     return ids[start:]

@@ -161,12 +161,12 @@ def data_tables(found: Statistics) -> list[Table]:
 
 def _flat(sides: Sequence[ShownResponse]) -> dict[str, np.ndarray]:
     """Columns over all tokens that count."""
-    columns: dict[str, list[Any]] = {"score": [], "weight": [], "place": [], "class": []}
+    columns: dict[str, list[Any]] = {"score": [], "weight": [], "part": [], "class": []}
     for side in sides:
         for number, (text, special, score, weight) in enumerate(_counting(side)):
             columns["score"].append(score)
             columns["weight"].append(weight)
-            columns["place"].append(number * POSITIONS // side.tokens)
+            columns["part"].append(number * POSITIONS // side.tokens)
             columns["class"].append(token_class(text, special))
     return {name: np.array(values) for name, values in columns.items()}
 
@@ -191,7 +191,7 @@ def _side_statistics(side: dict[str, np.ndarray], edges: np.ndarray) -> SideStat
         kept=float(weight.mean()) if len(weight) else 0.0,
         score_quantiles=[float(q) for q in np.quantile(finite, SCORE_QUANTILES)] if len(finite) else [],
         histogram=(counts / max(1, counts.sum())).tolist(),
-        by_position=[kept(side["place"] == place) for place in range(POSITIONS)],
+        by_position=[kept(side["part"] == part) for part in range(POSITIONS)],
         by_class={name: (int((side["class"] == name).sum()), kept(side["class"] == name) or 0.0) for name in classes},
     )
 

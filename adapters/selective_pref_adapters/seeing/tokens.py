@@ -123,5 +123,5 @@ def _common(ours: str, theirs: str) -> int:
     """How many leading characters both share: decoders may rewrite the end of a text when more follows."""
     if theirs.startswith(ours):
         return len(ours)
-    differ = (place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    differ = (index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     return next(differ, len(theirs))

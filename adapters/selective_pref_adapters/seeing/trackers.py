@@ -1,18 +1,25 @@
 """The selection of a run's fixed pairs in trackers, under one key, so that their step slider is the run's history.
 
 In: `ShownPair`s, a step, and what logs images: TensorBoard's writer, the module `wandb` or `trackio`, or a `Trainer` of
-transformers that reports to some of them. Out: an image in each. Images need matplotlib.
+transformers that reports to some of them, with `SelectionPictures` among its callbacks. Out: an image in each. Images
+need matplotlib.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from selective_pref_adapters.seeing.pictures import write_pairs
+from transformers import TrainerCallback
+
+from selective_pref_adapters.seeing.pictures import remove_selections_after, write_pairs
 from selective_pref_adapters.seeing.shown import ShownPair
+
+logger = logging.getLogger(__name__)
 
 KEY = "selection/pairs"
 
@@ -41,6 +48,42 @@ def track_selection(pairs: Sequence[ShownPair], step: int, *, board: Any = None,
         board.add_image(KEY, pixels, step, dataformats="HWC")
     if tracker is not None:
         tracker.log({KEY: tracker.Image(pixels)}, step=step)
+
+
+class SelectionPictures(TrainerCallback):
+    """Keeps the selection of the first pairs of a `Trainer`'s evaluation set, of the first of several, once per step.
+
+    Args:
+        trainer: of transformers, built.
+        pairs: how many.
+        shown: rows of the set, and the number of the first → these pairs as they are to be shown. Every process calls
+            it, since weights may be sharded; the first one draws.
+    """
+
+    def __init__(self, trainer: Any, pairs: int, shown: Callable[[list[Any], int], Sequence[ShownPair]]) -> None:
+        self._trainer, self._pairs, self._shown = trainer, pairs, shown
+        self._drawn_at = -1
+        if not can_draw() and trainer.is_world_process_zero():
+            logger.warning("%s", NO_IMAGES)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Removes what another run, or one that is resumed, kept after this step."""
+        self._drawn_at = -1
+        if state.is_world_process_zero:
+            remove_selections_after(Path(args.output_dir), state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draws."""
+        dataset = self._trainer.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()), None)
+        if dataset is None or self._drawn_at == state.global_step:
+            return
+        self._drawn_at = state.global_step
+        rows, size = list(islice(dataset, self._pairs)), args.per_device_eval_batch_size
+        pairs = [pair for at in range(0, len(rows), size) for pair in self._shown(rows[at : at + size], at)]
+        if state.is_world_process_zero:
+            keep_selection(self._trainer, pairs)
 
 
 def keep_selection(trainer: Any, pairs: Sequence[ShownPair]) -> None:

@@ -1,7 +1,7 @@
 """The prompt of a pair goes through the model's body once, and no padding goes through it at all.
 
 Between `batch` and `heads`. In: the padded rows that every collator gives, `[2B T+1]`, and a causal LM. Out: the hidden
-states from which the completion tokens are predicted, `[M D]`, and the places of these tokens in `[2B T]`. The last
+states from which the completion tokens are predicted, `[M D]`, and the positions of these tokens in `[2B T]`. The last
 token of a prompt predicts the first token of every response to it.
 
 Two layouts compute the same numbers as the padded rows:

@@ -82,8 +82,8 @@ def packed_states(
 def _continued(causal: Any, pair: Group, alone: Tensor) -> str:
     body, device = causal.base_model, alone.device
     states = continued_states(body, [pair], device, positions=takes_positions(body))
-    places = pair.predictors(0)
-    return _differs(torch.cat([states[place] for place in places.values()]), alone)
+    indices = pair.predictors(0)
+    return _differs(torch.cat([states[some] for some in indices.values()]), alone)
 
 
 def _packed(causal: Any, pair: Group, alone: Tensor) -> str:

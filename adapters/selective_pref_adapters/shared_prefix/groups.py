@@ -50,10 +50,10 @@ class Group:
         return len(self.prompt) + max(len(response.ids) for response in self.responses)
 
     def predictors(self, start: int) -> dict[int, Tensor]:
-        """Row → the places of the states that predict its completion tokens.
+        """Row → the indices of the states that predict its completion tokens.
 
         Args:
-            start: the place of the group's first state; those of the prompt come first, then response by response.
+            start: the index of the group's first state; those of the prompt come first, then response by response.
         """
         found, at, prompt = {}, start + len(self.prompt), len(self.prompt)
         for response in self.responses:

@@ -82,7 +82,7 @@ class Layout:
     def outputs(
         self, states: Tensor, head: Callable[[Tensor, Tensor], Any], labels: Tensor, *, by_row: bool
     ) -> Tensor | tuple[Tensor, ...]:
-        """What the head gives for the completion tokens, each in its place and 0 elsewhere: [2B T].
+        """What the head gives for the completion tokens, each at its position and 0 elsewhere: [2B T].
 
         Args:
             states: of the completion tokens, as `states` gives them.
@@ -97,8 +97,8 @@ class Layout:
 
         def spread(values: Sequence[Tensor]) -> Tensor:
             found = torch.cat([*values], dim=1)[0]
-            places = (self.rows.to(found.device), self.columns.to(found.device))
-            return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(places, found)
+            indices = (self.rows.to(found.device), self.columns.to(found.device))
+            return found.new_zeros(labels.shape[0], labels.shape[1] - 1).index_put(indices, found)
 
         if isinstance(parts[0], Tensor):
             return spread(parts)
@@ -184,7 +184,7 @@ def _packed(groups: list[Group], device: torch.device, causal: Any, *, one_call:
     calls, predictors, start = [], {}, 0
     for some in [rows] if one_call else [[row] for row in rows]:
         packed = pack(some, multiple=multiple_of(causal), device=device)
-        predictors |= {row: start + places for row, places in packed.predictors.items()}
+        predictors |= {row: start + indices for row, indices in packed.predictors.items()}
         start += packed.input_ids.numel()
         calls.append(packed)
     return _layout(groups, predictors, device, calls)

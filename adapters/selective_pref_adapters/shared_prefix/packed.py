@@ -36,7 +36,7 @@ class Packed:
     side: Tensor
     """int64 [R W]: 0 in the prompt, 1, 2, … in the responses to it."""
     predictors: dict[int, Tensor]
-    """Row of the batch → places in the R·W states that predict its completion tokens."""
+    """Row of the batch → indices of the R·W states that predict its completion tokens."""
 
     def sees(self, kind: str = "full_attention", size: int = 0) -> Callable[[Any, Any, Any], Any]:
         """A function of (row, query, key) that says whether the token `query` attends to the token `key`.
@@ -45,12 +45,12 @@ class Packed:
             kind: of the attention layer, as `layer_types` of a configuration names it.
             size: of its window or chunk, in positions.
         """
-        group, side, place, near = self.group, self.side, self.position_ids, _NEAR[kind]
+        group, side, position, near = self.group, self.side, self.position_ids, _NEAR[kind]
 
         def visible(row: Any, query: Any, key: Any) -> Any:
             same = (group[row, query] == group[row, key]) & (query >= key)
             shared = (side[row, key] == 0) | (side[row, key] == side[row, query])
-            return same & shared & near(place[row, query], place[row, key], size)
+            return same & shared & near(position[row, query], position[row, key], size)
 
         return visible
 
@@ -82,7 +82,7 @@ def first_fit(groups: Sequence[Group], width: int) -> list[list[Group]]:
     """Groups, row by row: the longest first, each into the first row that has room for it, or else into a new one.
 
     Args:
-        groups: what to place.
+        groups: what is put into rows.
         width: tokens that a row may hold; a group that is longer has a row to itself.
     """
     rows: list[list[Group]] = []
@@ -155,8 +155,8 @@ def kinds_of_layers(config: Any) -> dict[str, int]:
 
 def _boolean(packed: Packed, visible: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
     rows, width = packed.input_ids.shape
-    place = torch.arange(width, device=packed.group.device)
-    return visible(torch.arange(rows, device=place.device).view(-1, 1, 1), place.view(1, -1, 1), place)[:, None]
+    index = torch.arange(width, device=packed.group.device)
+    return visible(torch.arange(rows, device=index.device).view(-1, 1, 1), index.view(1, -1, 1), index)[:, None]
 
 
 def _additive(packed: Packed, visible: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:

@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from selective_pref import Objective
-from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_savable, check_trainable
+from selective_pref_adapters.model_checks import check_padding, check_policy, check_reloadable
 from selective_pref_adapters.models import (
     check_same_tokenizer,
     check_token_ids,
-    keep_trainable_in_4_bits,
     own_vocabulary,
 )
 from selective_pref_adapters.objectives import check_objective, selects
@@ -66,9 +65,7 @@ def check_built(trainer: Any, reference: Any, ref_tokenizer: Any) -> None:
         check_token_ids(
             max(own_vocabulary(tokenizer).values()), {"reference": reference}, where="the policy's tokenizer: "
         )
-    keep_trainable_in_4_bits(model)
-    check_trainable(model)
-    for note in check_savable(model, tokenizer):
+    for note in check_policy(model, tokenizer, auxiliary_loss=True):
         logger.warning("%s", note)
     if trainer.args.load_best_model_at_end:
         check_reloadable(trainer, "load_best_model_at_end")

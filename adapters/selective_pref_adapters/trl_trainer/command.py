@@ -156,6 +156,9 @@ class LocalSplits(Mapping[str, Any]):
             print(*(f"note: {note}" for note in notes), sep="\n", file=sys.stderr)
         return rows
 
+    def __contains__(self, split: object) -> bool:  # without reading it
+        return split in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -65,9 +65,17 @@ def dataset_of_rows(rows: Sequence[PreferenceRow]) -> Dataset:
     return Dataset.from_dict({READ_ROW: [json.dumps(asdict(row)) for row in rows]}, features=features)
 
 
-def is_list_of_rows(data: Any) -> bool:
-    """Whether data are rows as `read_rows` gives them."""
-    return isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+def as_datasets(data: Any) -> Any:
+    """One data set, or several by name, as TRL takes them: a list of rows, as `read_rows` gives it, becomes one."""
+    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+        return {name: as_datasets(one) for name, one in data.items()}
+    rows = isinstance(data, list) and bool(data) and isinstance(data[0], PreferenceRow)
+    return dataset_of_rows(data) if rows else data
+
+
+def all_sets(datasets: Any) -> list[Any]:
+    """One data set, several by name, or None, as a list."""
+    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]
 
 
 def prepared(
@@ -112,7 +120,7 @@ def prepared(
         "mode": truncation_mode,
         "columns": columns,
         "skip": skip_malformed_rows,
-        "drop": streams,
+        "streamed": TokenizationReport(max_length=limit, truncation_mode=truncation_mode) if streams else None,
         "code": _code_digest(),
     }
     options: dict[str, Any] = {"batched": True, "batch_size": 512, "with_indices": True, "fn_kwargs": how}
@@ -182,10 +190,14 @@ def _tokenized(
     mode: Truncation,
     columns: Mapping[str, str] | None,
     skip: bool,
-    drop: bool,
+    streamed: TokenizationReport | None,
     code: str,
 ) -> dict[str, list[Any]]:
-    """A batch of rows as `Dataset.map` hands it over, with their ids; `code` only makes the cache's key."""
+    """A batch of rows as `Dataset.map` hands it over, with their ids.
+
+    Rows of a stream that are left out are dropped and counted in `streamed`; others are marked. `code` only makes the
+    cache's key.
+    """
     read: list[PreferenceRow | RowError] = []
     for number, index in enumerate(indices):
         raw = {column: values[number] for column, values in batch.items()}
@@ -199,12 +211,29 @@ def _tokenized(
     out: dict[str, list[Any]] = {column: [] for column in _FEATURES}
     for row in read:
         one = _malformed(row) if isinstance(row, RowError) else _fitted(next(encoded), max_length, mode, skip)
-        if drop and one["left_out"]:
-            logger.warning("%s: a streamed pair is left out: %s", name, one["left_out"])
+        if streamed is not None and one["left_out"]:
+            _count(one["left_out"], streamed, name)
             continue
         for column, values in out.items():
             values.append(one[column])
+    if streamed is not None:
+        streamed.rows += len(read)
     return out
+
+
+def _count(reason: str, seen: TokenizationReport, name: str) -> None:
+    """Counts a row of a stream that is left out, and tells the totals at the 1st, 2nd, 4th, 8th, …"""
+    if malformed := reason.startswith(_MALFORMED):
+        reason = reason.removeprefix(_MALFORMED)
+        seen.malformed += 1
+    else:
+        seen.left_out[reason] += 1
+    count = seen.malformed + sum(seen.left_out.values())
+    if count & (count - 1) == 0:
+        told = [f"{n} {why} ({seen.remedy(why)})" for why, n in seen.left_out.most_common()]
+        told += [f"{seen.malformed} malformed"] if seen.malformed else []
+        last = f"; the last: {reason}" if malformed else ""
+        logger.warning("%s: %d streamed rows left out so far: %s%s", name, count, "; ".join(told), last)
 
 
 def _row(raw: dict[str, Any], place: str, columns: Mapping[str, str] | None) -> PreferenceRow:

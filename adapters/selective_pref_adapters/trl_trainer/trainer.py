@@ -10,19 +10,19 @@ reference's per-token log-probs come from: a frozen model, the policy with its a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import DPOTrainer
 
 from selective_pref import NonFiniteError, Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
-from selective_pref_adapters.batch import PAIR_WEIGHTS, Batch, from_bits
+from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.model_checks import check_reloadable, check_trainable
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
@@ -35,8 +35,9 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     own_pairs,
 )
-from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference, policy_weights
+from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference
 from selective_pref_adapters.pairs import parse_columns
+from selective_pref_adapters.seeing.trackers import SelectionPictures
 from selective_pref_adapters.trl_trainer.checks import (
     check_arguments,
     check_built,
@@ -48,19 +49,19 @@ from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 from selective_pref_adapters.trl_trainer.data import (
     READ_ROW,
     TRAINED_COLUMNS,
+    all_sets,
+    as_datasets,
     check_collator,
-    dataset_of_rows,
-    is_list_of_rows,
     own_collator,
     prepared,
 )
 from selective_pref_adapters.trl_trainer.forward import take_back_forward
 from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
-from selective_pref_adapters.trl_trainer.pictures import SelectionPictures
+from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
 from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
-from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, with_pair_weights
+from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, batch_weights, with_pair_weights
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,7 @@ class SelectiveDPOTrainer(DPOTrainer):
 
     _name = "Selective-DPO"
     _tag_names: ClassVar[list[str]] = ["trl", "dpo", "selective-dpo"]
-    _paper: ClassVar[dict[str, str]] = {
-        "title": _TITLE,
-        "citation": _CITATION,
-    }
+    _paper: ClassVar[dict[str, str]] = {"title": _TITLE, "citation": _CITATION}
 
     def __init__(
         self,
@@ -125,12 +123,11 @@ class SelectiveDPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
         self._custom_objective = objective
-        train_dataset, eval_dataset = _as_datasets(train_dataset), _as_datasets(eval_dataset)
+        train_dataset, eval_dataset = as_datasets(train_dataset), as_datasets(eval_dataset)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._checked = False
-        check_arguments(args, objective, [train_dataset, *_all_sets(eval_dataset)])
-        revision = (args.model_init_kwargs or {}).get("revision")
-        configs = {"policy": config_of(model, args, revision=revision)}
+        check_arguments(args, objective, [train_dataset, *all_sets(eval_dataset)])
+        configs = {"policy": config_of(model, args, revision=(args.model_init_kwargs or {}).get("revision"))}
         if ref_model is not None:
             configs["reference"] = config_of(ref_model, args)
         args.max_length = usable_length(args.max_length, configs)
@@ -160,7 +157,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         take_back_forward(self.model)
         self._use_own_collator()
-        sets = [self.train_dataset, *_all_sets(self.eval_dataset)]
+        sets = [self.train_dataset, *all_sets(self.eval_dataset)]
         self.data_collator = with_pair_weights(self.data_collator, args.loss_type, sets)
         if args.disable_dropout:  # TRL reaches the rates of `nn.Dropout` alone
             switch_off_dropout(self.model)
@@ -169,7 +166,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
         self.precompute_ref_logps = self.reference.built()
         if args.picture_pairs:
-            self.add_callback(SelectionPictures(self, args.picture_pairs))
+            self.add_callback(SelectionPictures(self, args.picture_pairs, partial(shown_rows, self)))
         selects = selects_by_alignment(args, objective)
         if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
             logger.warning("%s", SELF_REFERENCE)
@@ -193,9 +190,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         """TRL's hook for tokenising. Here the one reader of this library does it; rows with images are left to TRL."""
         if args.stock_tokenization or isinstance(processing_class, ProcessorMixin):
             if READ_ROW in (dataset.column_names or ()):
-                raise ValueError(
-                    "stock_tokenization needs raw rows: give the data set as it is, not rows that are read"
-                )
+                raise ValueError("stock_tokenization needs raw rows: give the data set as it is, not after read_rows")
             if isinstance(dataset, Dataset) and not len(dataset):
                 check_left(dataset_name, dataset, dataset, args.max_length)
             tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -216,19 +211,19 @@ class SelectiveDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if isinstance(self._signature_columns, list):
-            own = [*TRAINED_COLUMNS, WEIGHT_COLUMN]
-            self._signature_columns += [name for name in own if name not in self._signature_columns]
+            own = {*TRAINED_COLUMNS, WEIGHT_COLUMN} - set(self._signature_columns)
+            self._signature_columns += sorted(own)
 
     def _use_own_collator(self) -> None:
         """Puts our collator in the place of TRL's; one that was given stays, if it can do what the data ask of it."""
         if not isinstance(self.data_collator, WithStoredReference):
             self.data_collator = own_collator(self.data_collator)
-            for dataset in (self.train_dataset, *_all_sets(self.eval_dataset)):
+            for dataset in (self.train_dataset, *all_sets(self.eval_dataset)):
                 check_collator(self.data_collator, dataset, "given")
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
         """As in `DPOTrainer`; rows as `read_rows` gives them will do, too."""
-        return super().evaluate(_as_datasets(eval_dataset), *arguments, **options)
+        return super().evaluate(as_datasets(eval_dataset), *arguments, **options)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -248,7 +243,7 @@ class SelectiveDPOTrainer(DPOTrainer):
                 model, inputs, auxiliary_loss=self.aux_loss_enabled
             )
         ref_logps = self.reference.logps_of(inputs)
-        pair_weights = self._pair_weights(inputs, logps, statistics)
+        pair_weights = batch_weights(inputs, logps, statistics if self.args.use_weighting else None)
         out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=pair_weights)
         if self.args.non_finite == "raise" and not finite_everywhere(out.losses):
             error = non_finite_error(out, self._where)
@@ -265,20 +260,10 @@ class SelectiveDPOTrainer(DPOTrainer):
         with torch.no_grad():  # the logits that `compute_metrics` asks for were never made
             return loss, model(**inputs_of(model, inputs))
 
-    def _pair_weights(self, inputs: Batch, logps: Tensor, statistics: LogitStatistics) -> Tensor | None:
-        """What the losses are multiplied by [B]: the rows' own weights, WPO's, or both; None for neither."""
-        weights = from_bits(inputs[PAIR_WEIGHTS]) if PAIR_WEIGHTS in inputs else None
-        if not self.args.use_weighting:
-            return weights
-        found = policy_weights(logps, statistics.log_sum_sq_probs, inputs["completion_mask"][:, 1:] != 0)
-        return found if weights is None else weights * found
-
     @property
     def objective(self) -> Objective:
         """(chosen, rejected) → PreferenceLoss, at this step."""
-        if self._custom_objective is not None:
-            return self._custom_objective
-        return self.args.objective(self._step)
+        return self._custom_objective or self.args.objective(self._step)
 
     @property
     def _step(self) -> int | None:
@@ -297,7 +282,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         """Checks the models that TRL has loaded, before they compute log-probs of a row."""
         if not self._checked:
             check_built(self, self.reference.model, self.reference.tokenizer)
-            check_ids(self.model, [self.train_dataset, *_all_sets(self.eval_dataset)])
+            check_ids(self.model, [self.train_dataset, *all_sets(self.eval_dataset)])
             self.reference.check()
             self._checked = True
 
@@ -334,13 +319,12 @@ class SelectiveDPOTrainer(DPOTrainer):
     ) -> None:
         """Adds a micro-batch to what is logged next: its first `own` pairs; others were seen before."""
         pairs = len(out.losses)
-        if own < pairs:
-            rows = torch.arange(2 * pairs, device=logps.device) % pairs < max(own, 1)
-            inputs = {name: inputs[name][rows] for name in ("completion_mask", "attention_mask")}
+        if 0 < own < pairs:
+            counted = torch.arange(pairs) < own
+            out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=out.pair_weights, pairs=counted)
+            rows = counted.repeat(2)
+            inputs = {"attention_mask": inputs["attention_mask"][rows]}
             statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})
-            weights = None if out.pair_weights is None else out.pair_weights[rows[:pairs]]
-            some_ref = None if ref_logps is None else ref_logps[rows]
-            out = loss_of_batch(self.objective, inputs, logps[rows], some_ref, pair_weights=weights)
         metrics = batch_metrics(inputs, out, statistics)
         if auxiliary is not None:
             metrics["aux_loss"] = auxiliary
@@ -363,15 +347,3 @@ class SelectiveDPOTrainer(DPOTrainer):
                 self._metrics[mode][name].append(value)
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
-
-
-def _as_datasets(data: Any) -> Any:
-    """Data sets as TRL takes them: lists of rows that are read become one."""
-    if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
-        return {name: _as_datasets(one) for name, one in data.items()}
-    return dataset_of_rows(data) if is_list_of_rows(data) else data
-
-
-def _all_sets(datasets: Any) -> list[Any]:
-    """The evaluation sets as a list."""
-    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, Mapping) else [datasets]

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 
-from selective_pref_adapters.batch import PAIR_WEIGHTS, to_bits
+from selective_pref.fused import LogitStatistics
+from selective_pref_adapters.batch import PAIR_WEIGHTS, Batch, from_bits, to_bits
 from selective_pref_adapters.named_losses import check_pair_weights, check_pairs_can_be_weighted, weights_line
+from selective_pref_adapters.objectives import policy_weights
 from selective_pref_adapters.pairs import checked_weight
 
 logger = logging.getLogger(__name__)
@@ -70,3 +73,18 @@ def _check(loss_type: Sequence[str], dataset: Dataset, name: str) -> None:
     check_pair_weights(weights, loss_type, name)
     for line in weights_line(weights):
         logger.info("%s: %s", name, line)
+
+
+def batch_weights(inputs: Batch, per_token_logps: Tensor, statistics: LogitStatistics | None) -> Tensor | None:
+    """What the losses of a batch are multiplied by [B]: the rows' weights, WPO's, or both; None for neither.
+
+    Args:
+        inputs: the batch.
+        per_token_logps: the policy's [2B T].
+        statistics: of the policy's logits, for WPO's weights; None without them.
+    """
+    weights = from_bits(inputs[PAIR_WEIGHTS]) if PAIR_WEIGHTS in inputs else None
+    if statistics is None:
+        return weights
+    found = policy_weights(per_token_logps, statistics.log_sum_sq_probs, inputs["completion_mask"][:, 1:] != 0)
+    return found if weights is None else weights * found
