@@ -83,7 +83,7 @@ def commands() -> dict[str, set[str]]:
                 continue
             for line in block["body"].replace("\\\n", " ").splitlines():
                 called = re.search(r"(?:selective-pref|selective_pref_adapters\.cli) ([a-z]+)(.*)", line.split(" #")[0])
-                if called:
+                if called and "pip install" not in line:
                     flags = re.findall(r"(?<=\s)--[a-zA-Z][\w-]*", called[2])
                     found.setdefault(called[1], set()).update(flags)
     return found
