@@ -24,6 +24,7 @@ _FLAGS = (
     "--enable-logging=stderr",
     "--v=0",
     "--virtual-time-budget=60000",
+    "--run-all-compositor-stages-before-draw",
 )
 
 

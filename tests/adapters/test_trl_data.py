@@ -166,7 +166,7 @@ def test_stock_tokenization_is_trls(tmp_path: Path, policy_folder: Path) -> None
     made = trainer(tmp_path, policy_folder, Dataset.from_list(SETS["hh"]), stock_tokenization=True)
     ours = trainer(tmp_path, policy_folder, Dataset.from_list(SETS["hh"]))
     tokenizer = made.processing_class
-    assert tokenizer.decode(made.train_dataset[0]["prompt_ids"]).endswith("w3")
+    assert tokenizer.decode(made.train_dataset[0]["prompt_ids"]).endswith(("w3", "w3 w1"))  # the latter in TRL 1.14
     assert tokenizer.decode(ours.train_dataset[0]["prompt_ids"]).endswith("<unk>")  # "Assistant:"
     assert made.train_dataset[0]["prompt_ids"] != ours.train_dataset[0]["prompt_ids"]
     with pytest.raises(ValueError, match="stock_tokenization needs raw rows"):
