@@ -34,7 +34,7 @@ from selective_pref_adapters.pairs.rows import SKIP, PreferenceRow, Prose, RowEr
 from selective_pref_adapters.pairs.split import common_prefix
 from selective_pref_adapters.pairs.turns import has_other_turns
 
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
