@@ -87,7 +87,6 @@ def pages_with_scripts() -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", pages_with_scripts(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_scripts_run_in_two_processes_and_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     """All of a page in one start of two processes, since importing torch takes longer than any of them."""
@@ -104,7 +103,7 @@ def test_scripts_run_in_two_processes_and_print_what_the_page_shows(page: Path, 
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([*command, str(rank), *arguments], cwd=tmp_path, env=env, **streams) for rank in (0, 1)]
     try:
-        results = [rank.communicate(timeout=560) for rank in ranks]
+        results = [rank.communicate(timeout=240) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -10,6 +10,9 @@ import runpy
 import sys
 
 if __name__ == "__main__":
+    # What a script made is kept, and the process ends without tidying up. Where DDP's reducer is the last that holds a
+    # gloo group, destroying it waits, with Python's lock in hand, for a thread of gloo that may wait for that lock.
+    kept = []
     rank, rest = sys.argv[1], sys.argv[2:]
     for port, script in zip(rest[::2], rest[1::2], strict=True):
         os.environ |= {
@@ -23,4 +26,6 @@ if __name__ == "__main__":
         }
         sys.path[0] = os.getcwd()
         print(f"### {script}", flush=True)
-        runpy.run_path(script, run_name="__main__")
+        kept.append(runpy.run_path(script, run_name="__main__"))
+    sys.stdout.flush()
+    os._exit(0)
