@@ -1,4 +1,4 @@
-"""The teacher's veto: every token is raised, unless the teacher has come to like it less than the start did.
+"""The teacher's veto: every token is raised, unless the teacher finds it clearly less likely than the start did.
 
 **Experimental.** Not from the paper: a loss of this project, which did better than selection by a share in a study in
 miniature. Its numbers may change.

@@ -399,8 +399,7 @@ def test_the_hf_trainer_learns_from_the_chosen_side_alone(build: Callable[..., T
     }.items():
         trainer = build(some, SelectivePreferenceLoss("sft"), eval_strategy="steps", eval_steps=2)
         seen.clear()
-        hook = lambda _, inputs: seen.append(inputs[0].clone())  # noqa: E731
-        trainer.model.get_input_embeddings().register_forward_pre_hook(hook)
+        trainer.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
         trainer.train()
         assert [len(batch) for batch in seen].count(4) >= 3
         assert max(len(batch) for batch in seen) == 4

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selective_pref import (
     Response,
+    VetoSides,
     alignment_scores,
     dpo_loss,
     select,
@@ -150,13 +151,13 @@ def distillation(temperature: float) -> Losses:
     return losses
 
 
-def veto(floor: float = 2.0, sides: str = "both", teacher: str = "teacher") -> Losses:
+def veto(floor: float = 2.0, sides: VetoSides = "both", teacher: str = "teacher") -> Losses:
     """The teacher's veto, with τ = 1 nat."""
 
     def losses(seen: Seen) -> Tensor:
-        start = tuple(seen.given["student"].chunk(2))
+        chosen, rejected = seen.given["student"].chunk(2)
         pair = seen.pair(teacher)
-        return teacher_veto_loss(*pair, start_per_token_logps=start, floor=floor, sides=sides).losses  # type: ignore[arg-type]
+        return teacher_veto_loss(*pair, start_per_token_logps=(chosen, rejected), floor=floor, sides=sides).losses
 
     return losses
 
