@@ -211,6 +211,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def check_settings(folder: Path, plan: Plan) -> None:
     """Notes the scale of a new folder, and raises SweepError where a folder has runs of another one."""
     path, scale = folder / SETTINGS_FILE, asdict(plan.scale)
+    for name in ("runs", "given"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))["scale"]
         if found != scale:
@@ -218,8 +220,6 @@ def check_settings(folder: Path, plan: Plan) -> None:
             differ = ", ".join(f"{key} {found.get(key)} instead of {scale[key]}" for key in keys)
             raise SweepError(f"{folder} holds runs of another scale ({differ}): give another folder")
         return
-    for name in ("runs", "given"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"scale": scale}, indent=2) + "\n")
 
 
