@@ -48,14 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "inspect": "nothing was written",
             "report": "nothing was written",
             "replicate": "runs that have ended are kept, and the same command goes on",
+            "generate": "answers are kept, and the same command goes on",
         }
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = {"score": "score", "dpo": "trl", "inspect": "seeing", "report": "seeing", "replicate": "replicate"}.get(
-            command, "deepspeed"
-        )
+        extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing"}
+        extras |= {name: name for name in ("score", "replicate", "generate")}
+        extra = extras.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -169,6 +170,22 @@ def _replicate(arguments: list[str]) -> None:
     replicate(config)
 
 
+def _generate(arguments: list[str]) -> None:
+    """Answer the questions of Arena-Hard or MT-Bench, in the file that the benchmark's own code judges.
+
+    By a model on this machine, or (--base-url) by a server that speaks OpenAI's chat protocol. Answers are kept as they
+    come: the same command goes on after a kill. `--config FILE.yaml` reads flags from a file; flags on the command line
+    win.
+    """
+    from selective_pref_adapters.generation.options import GenerateConfig
+
+    config = _options(GenerateConfig, arguments, "generate")
+
+    from selective_pref_adapters.generation.command import generate
+
+    generate(config)
+
+
 def _demo(arguments: list[str]) -> None:
     """See what Selective-DPO does, in a small language in which it is known which tokens decide.
 
@@ -195,6 +212,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "report": (_report, "one page of one run or several: curves, what differs, what it means"),
     "rows": (_rows, "how each row of a file is read and tokenised, and what is left out, before anything is trained"),
     "replicate": (_replicate, "the paper's tables in miniature, with controls, seeds and intervals"),
+    "generate": (_generate, "answers to Arena-Hard and MT-Bench, in the files that their own code judges"),
     "demo": (_demo, "a small language task, start to finish: what Selective-DPO does, and what it does not"),
 }
 """Name → (its arguments → the exit status, None for 0; what it is for)."""

@@ -160,7 +160,7 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
                 stop.wait(server.pause_before(attempt))
                 return [] if stop.is_set() else ask(client, server, texts, group)
 
-            under_way[_in_a_thread(work)] = group, attempt
+            under_way[in_a_thread(work)] = group, attempt
 
         try:
             if rows:
@@ -195,7 +195,7 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
             stop.set()
 
 
-def _in_a_thread(work: Callable[[], RowLogps]) -> Future[RowLogps]:
+def in_a_thread(work: Callable[[], RowLogps]) -> Future[RowLogps]:
     """The result of `work`, done in a thread that ends with the process. A pool of threads would wait, at the
     end, for answers that are no longer wanted."""
     future: Future[RowLogps] = Future()
