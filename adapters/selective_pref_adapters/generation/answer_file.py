@@ -2,8 +2,8 @@
 
 While answers come in they stand in `OUT.partial`, each flushed to the disk: a first line with the settings, then a line
 for each answer. With the last one, `OUT` is written whole, in the order of the questions, beside `OUT.settings.json`,
-and the partial file goes. A kill loses the answers under way, and nothing else: half a line is left out and its question
-asked again. What was made with other settings is never mixed in.
+and the partial file goes. A kill loses the answers under way, and nothing else: half a line is left out, and its
+question asked again. What was made with other settings is never mixed in.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class AnswerFile:
                 f"{self.out} is there already, and {self.about.name}, which says how it was made, is not: give another "
                 "--out, or remove it"
             )
-        about = _json(self.about.read_bytes(), str(self.about))
+        about = _json(self.about.read_bytes(), str(self.about), "settings", "reached_the_limit")
         self._check(about["settings"], self.out)
         cut = {entry["id"]: entry["turns"] for entry in about["reached_the_limit"]}
         for number, line in enumerate(self.out.read_bytes().splitlines(), start=1):
@@ -123,9 +123,9 @@ class AnswerFile:
         whole = data[: data.rfind(b"\n") + 1]
         first, *lines = whole.splitlines() or [b""]
         if first:
-            self._check(_json(first, f"{self.partial}:1")["settings"], self.partial)
+            self._check(_json(first, f"{self.partial}:1", "settings")["settings"], self.partial)
             for number, line in enumerate(lines, start=2):
-                kept = _json(line, f"{self.partial}:{number}")
+                kept = _json(line, f"{self.partial}:{number}", "answer", "cut")
                 self._take(kept["answer"], kept["cut"])
         if len(whole) < len(data):  # cut off by a kill
             os.truncate(self.partial, len(whole))
@@ -140,7 +140,8 @@ class AnswerFile:
         ]
         if differing:
             raise ValueError(
-                f"{path} holds answers that were made otherwise: {'; '.join(differing)}. Give another --out, or remove it"
+                f"{path} holds answers that were made otherwise: {'; '.join(differing)}. Give another --out, or remove "
+                "the file"
             )
         self.settings = there
 
@@ -149,11 +150,12 @@ def _line(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
-def _json(data: bytes, place: str) -> Any:
+def _json(data: bytes, place: str, *needed: str) -> Any:
+    """The object that a line holds, with the names that it needs."""
     try:
         value = json.loads(data)
-        if not isinstance(value, dict):
-            raise TypeError(f"expected an object, got {type(value).__name__}")
-    except (ValueError, TypeError) as error:
+        if not isinstance(value, dict) or not set(needed) <= value.keys():
+            raise ValueError(f"expected an object with {', '.join(needed)}" if needed else "expected an object")
+    except ValueError as error:
         raise ValueError(f"{place} is damaged ({error}): give another --out, or remove the file") from error
     return value

@@ -42,13 +42,14 @@ def generate(config: GenerateConfig) -> None:
     }
     file = AnswerFile(out=Path(config.out), settings=settings, questions=questions)
     file.read()
+    asked = len(file.missing)
     if file.missing:
         answers = _of_server(config, file, limit) if config.base_url else _of_model(config, file, limit)
         _collect(answers, file, benchmark, length)
     if length is not None:
         file.records = {name: with_length(record, length) for name, record in file.records.items()}
     file.finish()
-    _say(file, benchmark, limit)
+    _say(file, benchmark, limit, asked)
 
 
 def _of_model(config: GenerateConfig, file: AnswerFile, limit: int) -> Iterator[list[Answer]]:
@@ -108,9 +109,10 @@ def _collect(answers: Iterator[list[Answer]], file: AnswerFile, benchmark: Bench
             bar.set_postfix(at_the_limit=sum(file.cut.values()))
 
 
-def _say(file: AnswerFile, benchmark: Benchmark, limit: int) -> None:
+def _say(file: AnswerFile, benchmark: Benchmark, limit: int, asked: int) -> None:
     """What was written, and what should be known of it."""
-    print(f"{len(file.questions)} questions answered: {file.out}")
+    before = len(file.questions) - asked
+    print(f"{asked} questions answered" + (f", {before} were answered before" if before else "") + f": {file.out}")
     notes = []
     if file.cut:
         total = len(file.questions) * benchmark.turns

@@ -31,8 +31,7 @@ class GenerateConfig:
     seed: int = 0
     """Of what is sampled: the same seed gives the same answers on the same machine, in whatever batches."""
     token_len: Literal["tiktoken", "null"] = "tiktoken"
-    """Length of an Arena-Hard answer in tokens of gpt-4o, for style control; null leaves it open, and the same command
-    with tiktoken fills it in later."""
+    """Length of Arena-Hard answers in tokens of gpt-4o, for style control; null leaves it to be filled in later."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights. Default: bfloat16 on a GPU, float32 else."""
     batch_size: int = 8

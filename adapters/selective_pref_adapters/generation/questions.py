@@ -110,8 +110,8 @@ def read_questions(path: str | Path, benchmark: Benchmark, temperature: float | 
                 raise ValueError(f"{path}:{number}: expected {benchmark.line}; got {_said_of(line)}")
             if question.id in places:
                 raise ValueError(
-                    f"{path}:{number}: the id {question.id!r} stands in line {places[question.id]} already: answers are "
-                    "found by it, so each must have its own"
+                    f"{path}:{number}: the id {question.id!r} stands in line {places[question.id]} already: answers "
+                    "are found by it, so each question must have its own"
                 )
             found[question.id], places[question.id] = question, number
     if not found:
@@ -163,4 +163,4 @@ def _said_of(line: str) -> str:
     """What an error says of a line that is no question."""
     other = next((name for name, one in BENCHMARKS.items() if _question(line, one, None) is not None), None)
     shown = line.strip()[:160] + ("…" if len(line.strip()) > 160 else "")
-    return f"{shown} Give --benchmark {other}, whose question this is" if other else shown
+    return f"{shown}. Give --benchmark {other}, whose question this is" if other else shown

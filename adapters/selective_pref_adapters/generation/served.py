@@ -1,8 +1,8 @@
 """Questions → answers of a server that speaks OpenAI's chat protocol.
 
 In: questions and a `Server`. Out: the answers, in the order in which they come. A few questions are asked at once; a
-request that fails in a way that may pass is sent again after a pause. A status that blames the request ends the run: the
-answers before it are kept.
+request that fails in a way that may pass is sent again after a pause. A status that blames the request ends the run:
+the answers before it are kept.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ def _answer(asking: _Asking, question: Question, turn: int, messages: list[dict[
                     f"{server.url}: question {question.id!r} was asked {attempt} times, at last with {error}. Run the "
                     "same command again when the server is well: what was answered before is kept"
                 ) from error
-            if not asking.told.is_set():
-                logger.warning("%s: %s. Asking again, up to %d times", server.url, error, attempts)
+            told = asking.told.is_set()
             asking.told.set()
+            if not told:
+                logger.warning("%s: %s. Asking again, up to %d times", server.url, error, attempts)
         else:
             asking.answered.set()
             asking.told.clear()
