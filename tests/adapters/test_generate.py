@@ -156,9 +156,9 @@ def test_answers_at_the_limit_are_counted_and_what_cannot_be_read_is_empty(
     assert ("d" in cut) == (lengths[3] == LIMIT)
     assert about["empty"] == ["b", "c"]
     said = capsys.readouterr()
-    assert "4 questions answered" in said.out
+    assert "answered: 4 of 4 questions now: " in said.out
     assert f"{len(cut)} of 4 answers did not end within {LIMIT} tokens" in said.err
-    assert "2 questions have an empty answer (the first: 'b')" in said.err
+    assert "empty answers: to 2 of the questions (the first: 'b')" in said.err
     assert "token_len is null: style control fails" in said.err
 
 
@@ -235,7 +235,7 @@ def test_a_file_that_is_complete_loads_no_model_and_lengths_are_filled_in(
     shutil.rmtree(folder)
     monkeypatch.setattr("tiktoken.encoding_for_model", lambda name: {"gpt-4o": encoding()}[name])
     assert generate(questions, folder, out, **arena) == 0
-    assert "0 questions answered, 2 were answered before" in capsys.readouterr().out
+    assert "answered: 0 of 2 questions now, 2 before: " in capsys.readouterr().out
     for line, row in zip(out.read_text().splitlines(), before, strict=True):
         uid, model, answer, features = arena_answer(line)
         assert (uid, model, answer) == (row["uid"], "ours", row["messages"][-1]["content"]["answer"])

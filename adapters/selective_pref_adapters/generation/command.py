@@ -112,7 +112,8 @@ def _collect(answers: Iterator[list[Answer]], file: AnswerFile, benchmark: Bench
 def _say(file: AnswerFile, benchmark: Benchmark, limit: int, asked: int) -> None:
     """What was written, and what should be known of it."""
     before = len(file.questions) - asked
-    print(f"{asked} questions answered" + (f", {before} were answered before" if before else "") + f": {file.out}")
+    earlier = f", {before} before" if before else ""
+    print(f"answered: {asked} of {len(file.questions)} questions now{earlier}: {file.out}")
     notes = []
     if file.cut:
         total = len(file.questions) * benchmark.turns
@@ -121,7 +122,7 @@ def _say(file: AnswerFile, benchmark: Benchmark, limit: int, asked: int) -> None
             f"read, and are cut (the first: {next(iter(file.cut_turns))['id']!r})"
         )
     if file.empty:
-        notes.append(f"{len(file.empty)} questions have an empty answer (the first: {file.empty[0]!r})")
+        notes.append(f"empty answers: to {len(file.empty)} of the questions (the first: {file.empty[0]!r})")
     if any(record.get("metadata", {"token_len": 0})["token_len"] is None for record in file.records.values()):
         notes.append(
             "token_len is null: style control fails on this file until the same command fills it in with --token-len "
