@@ -116,7 +116,7 @@ def test_eos_and_the_end_of_a_turn_both_stop(template: str, end: str) -> None:
 def test_an_answer_ends_where_the_template_ends_a_turn(policy_folder: Path, tmp_path: Path, mt_questions: Path) -> None:
     """A word that the model says is made the end of a turn: then it ends the answer, and does not stand in it."""
     said = by_hand(policy_folder, MT_ROWS, LIMIT)
-    word = next(first.split()[-1] for first, _ in said.values() if len(set(first.split())) > 1)
+    word = next(first.split()[0] for first, _ in said.values() if len(set(first.split())) > 1)
     folder = shutil.copytree(policy_folder, tmp_path / "ends")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [word]})
@@ -145,7 +145,7 @@ def test_answers_at_the_limit_are_counted_and_what_cannot_be_read_is_empty(
     ]
     questions = write(tmp_path / "question.jsonl", *rows, {**ARENA_2, "uid": "d"})
     out = tmp_path / "a.jsonl"
-    assert generate(questions, policy_folder, out, "--token-len", "null", benchmark="arena-hard-v2.0") == 0
+    assert generate(questions, policy_folder, out, "--token-len", "none", benchmark="arena-hard-v2.0") == 0
     lengths = [
         len(json.loads(line)["messages"][-1]["content"]["answer"].split()) for line in out.read_text().splitlines()
     ]
@@ -229,7 +229,7 @@ def test_a_file_that_is_complete_loads_no_model_and_lengths_are_filled_in(
     folder = shutil.copytree(policy_folder, tmp_path / "model")
     questions = write(tmp_path / "question.jsonl", ARENA_2, {**ARENA_2, "uid": "other"})
     out, arena = tmp_path / "ours.jsonl", {"benchmark": "arena-hard-v2.0"}
-    assert generate(questions, folder, out, "--token-len", "null", **arena) == 0
+    assert generate(questions, folder, out, "--token-len", "none", **arena) == 0
     before = without_times(out)
     assert [row["metadata"]["token_len"] for row in before] == [None, None]
     shutil.rmtree(folder)
@@ -271,7 +271,7 @@ def test_answers_that_were_made_otherwise_are_never_mixed(
         assert (out if complete else partial).read_bytes() == there
     questions = write(tmp_path / "arena.jsonl", ARENA_2)
     arena = {"benchmark": "arena-hard-v2.0"}
-    assert generate(questions, policy_folder, out, "--token-len", "null", **arena) == 1
+    assert generate(questions, policy_folder, out, "--token-len", "none", **arena) == 1
     assert "benchmark was 'mt-bench' and is 'arena-hard-v2.0'" in capsys.readouterr().err
 
 

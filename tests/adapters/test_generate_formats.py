@@ -79,7 +79,7 @@ def test_a_line_that_is_no_question_is_named(
     path = write(tmp_path / "question.jsonl", good, line)
     out = tmp_path / "out.jsonl"
     flags = ["--benchmark", benchmark, "--model", "absent", "--questions", str(path), "--out", str(out)]
-    assert main(["generate", *flags, "--token-len", "null"]) == 1
+    assert main(["generate", *flags, "--token-len", "none"]) == 1
     error = capsys.readouterr().err
     assert f"{path}:2: expected {BENCHMARKS[benchmark].line}; got " in error
     assert got in error
@@ -207,4 +207,4 @@ def test_without_the_encoding_nothing_is_generated_and_it_is_said_what_to_do(
     flags = ["--model", "absent", "--questions", str(path), "--out", str(tmp_path / "out.jsonl")]
     assert main(["generate", "--benchmark", "arena-hard-v2.0", *flags]) == 1
     assert "o200k_base, which is downloaded at its first use" in (error := capsys.readouterr().err)
-    assert "--token-len null" in error
+    assert "--token-len none" in error

@@ -61,7 +61,7 @@ def stop_ids(tokenizer: Tokenizer, generation_config: GenerationConfig | None) -
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """A conversation as the template writes it, up to where the answer begins; the same ids as in training."""
+    """A conversation as the template writes it, up to where the answer begins, with BOS once, as in training."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return Rendering(tokenizer).ids([text], chat=True)[text]
 

@@ -30,8 +30,8 @@ class GenerateConfig:
     """0 takes the likeliest token. Default: 0; for MT-Bench 0.7, 0.1 or 0, by category."""
     seed: int = 0
     """Of what is sampled: the same seed gives the same answers on the same machine, in whatever batches."""
-    token_len: Literal["tiktoken", "null"] = "tiktoken"
-    """Length of Arena-Hard answers in tokens of gpt-4o, for style control; null leaves it to be filled in later."""
+    token_len: Literal["tiktoken", "none"] = "tiktoken"
+    """Length of Arena-Hard answers in tokens of gpt-4o, for style control; none leaves it to be filled in later."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights. Default: bfloat16 on a GPU, float32 else."""
     batch_size: int = 8

@@ -60,7 +60,7 @@ def gpt_4o_length() -> Length:
             "token_len needs tiktoken's encoding o200k_base, which is downloaded at its first use, and this failed "
             f"({type(error).__name__}). Either set TIKTOKEN_CACHE_DIR to a folder that was filled on a machine with a "
             "network (there: TIKTOKEN_CACHE_DIR=folder python -c 'import tiktoken; "
-            'tiktoken.encoding_for_model("gpt-4o")\'), or give --token-len null: all but style control works without, '
+            'tiktoken.encoding_for_model("gpt-4o")\'), or give --token-len none: all but style control works without, '
             "and the same command with --token-len tiktoken fills the lengths in later"
         ) from error
     return length_by(encoding)
