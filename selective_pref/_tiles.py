@@ -17,6 +17,8 @@ from torch.utils._triton import has_triton
 
 BUFFER = 4 * 1024 * 1024  # elements of one tile of logits: 16 MiB in float32
 TILE = (1024, 8192)  # narrower tiles starve the matrix product, wider ones fall out of the cache
+CUDA_BUFFER = 32 * 1024 * 1024  # 128 MiB in float32
+CUDA_TILE = (1024, 65_536)  # a GPU has no such cache, and each tile costs it a dozen launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,11 @@ class Head:
     keep_logits: bool = False
     statistics: bool = False
 
-    def tiles(self, rows: int, vocabulary: int) -> Iterator[slice]:
-        """Columns of the vocabulary, so many at a time that a tile of `rows` rows fills the buffer."""
-        low, high = TILE
-        width = self.tile or min(high, max(low, BUFFER // max(rows, 1)))
+    def tiles(self, rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+        """Columns of the vocabulary, so many at a time that a tile of `rows` rows fills the buffer of the device."""
+        buffer, (low, high) = (CUDA_BUFFER, CUDA_TILE) if device.type == "cuda" else (BUFFER, TILE)
+        fitting = buffer // max(rows, 1)
+        width = self.tile or min(high, max(low, fitting - fitting % low))  # products of odd widths are slow
         for start in range(0, vocabulary, width):
             yield slice(start, min(start + width, vocabulary))
 

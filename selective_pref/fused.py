@@ -168,7 +168,7 @@ class _Fused(torch.autograd.Function):
             moments = tuple(torch.zeros_like(peak) for _ in range(3)) if head.statistics else None
             buffer: Tensor | None = None
             spare: Tensor | None = None
-            for tile in head.tiles(len(rows), vocabulary) if len(rows) else ():
+            for tile in head.tiles(len(rows), vocabulary, some.device) if len(rows) else ():
                 if kept is None and buffer is None:
                     buffer = some.new_empty(len(rows), tile.stop - tile.start, dtype=wide)
                     spare = torch.empty_like(buffer) if head.statistics else None
@@ -221,7 +221,7 @@ class _Fused(torch.autograd.Function):
             d_weight = (torch.empty_like if len(rows) else torch.zeros_like)(weight) if need_weight else None
             d_bias = torch.zeros_like(bias) if need_bias else None
             buffer: Tensor | None = None
-            for tile in head.tiles(len(rows), weight.shape[0]) if len(rows) else ():
+            for tile in head.tiles(len(rows), weight.shape[0], some.device) if len(rows) else ():
                 if buffer is None:
                     buffer = some.new_empty(len(rows), tile.stop - tile.start, dtype=wide)
                 z = _tiles.columns(buffer, tile)

@@ -127,7 +127,7 @@ class _Walk:
 
     def tiles(self) -> Iterator[slice]:
         vocabulary = self.sides[0][1].shape[0]
-        return self.heads.policy.tiles(self.height, vocabulary) if self.height else iter(())
+        return self.heads.policy.tiles(self.height, vocabulary, self.sides[0][1].device) if self.height else iter(())
 
     def columns(self, tile: slice) -> list[Tensor]:
         """The tile's part of both weights, ready to be multiplied."""

@@ -329,17 +329,3 @@ class RowsConfig:
     """keep_start cuts the end of what is too long, keep_end the start; as in training."""
     json: bool = False
     """Write one JSON object instead of text: everything that is shown, with all ids."""
-
-
-@dataclass(kw_only=True)
-class DemoConfig:
-    """Which seeds, how much of everything, and where to."""
-
-    seed: int = 0
-    """Of the language, the data and the models."""
-    seeds: int = 1
-    """Repeat with so many seeds, from seed up."""
-    output_dir: str = "runs/demo"
-    """Data, models and results.json; if it holds anything, the same name with -2, -3, … is taken."""
-    quick: bool = False
-    """A few steps of everything: shows that it runs, not what it learns."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from selective_pref_adapters.cli import main
+from selective_pref_adapters.replication.miniature.methods import METHODS
+from selective_pref_adapters.replication.miniature.worlds import FULL, TINY, prepare
 from selective_pref_adapters.replication.study import sweep as sweeps
-from selective_pref_adapters.replication.study.methods import METHODS
-from selective_pref_adapters.replication.study.sweep import (
+from selective_pref_adapters.replication.sweep import (
     Plan,
     SweepError,
     Variation,
@@ -23,8 +24,7 @@ from selective_pref_adapters.replication.study.sweep import (
     path_of,
     sweep,
 )
-from selective_pref_adapters.replication.study.tables import markdown, mean_of, tables_of
-from selective_pref_adapters.replication.study.worlds import FULL, TINY, prepare
+from selective_pref_adapters.replication.tables import markdown, mean_of, tables_of
 
 PLAN = Plan(
     scale=TINY,

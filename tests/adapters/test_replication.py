@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from selective_pref_adapters.replication.judging import auc
-from selective_pref_adapters.replication.language import OTHER_STYLE, is_well_formed, make_language, supervised_texts
+from selective_pref_adapters.replication.miniature.judging import auc
+from selective_pref_adapters.replication.miniature.language import (
+    OTHER_STYLE,
+    is_well_formed,
+    make_language,
+    supervised_texts,
+)
+from selective_pref_adapters.replication.miniature.methods import METHODS, Seen
+from selective_pref_adapters.replication.miniature.trials import Run, train
+from selective_pref_adapters.replication.miniature.worlds import World, answers_of, dense_logps, of_the_tokens, take
 from selective_pref_adapters.replication.study import worlds
-from selective_pref_adapters.replication.study.methods import METHODS, Seen
-from selective_pref_adapters.replication.study.trials import Run, train
-from selective_pref_adapters.replication.study.worlds import World, answers_of, dense_logps, of_the_tokens, take
 
 QUICK = Run(rate=1e-3)
 

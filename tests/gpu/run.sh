@@ -14,8 +14,10 @@ for flag in "$@"; do
     esac
 done
 if [ -n "$install" ]; then
-    python -m pip install --quiet --editable ".[trl]" liger-kernel cut-cross-entropy
+    python -m pip install --quiet --editable ".[trl,deepspeed]" liger-kernel cut-cross-entropy
 fi
+python tests/gpu/heads_gpu.py $tiny
+python tests/gpu/trainers_gpu.py $tiny
 python tests/gpu/shared_prefix_gpu.py $tiny
 if [ -n "$tiny" ]; then
     python tests/benchmarks/bench_head.py --only small --rounds 1 --no-memory

@@ -1,8 +1,9 @@
 """Prompts shared between the rows of a batch, on a GPU: exactness in bf16, time and peak memory of a step.
 
-    python tests/gpu/shared_prefix_gpu.py [--tiny] [--rounds 5]
+    python tests/gpu/shared_prefix_gpu.py [--tiny | --large] [--rounds 5]
 
-The policy has the shape of a 0.5B model (24 layers, width 896, 151,936 tokens) and random weights. A step is forward,
+The policy has the shape of a 0.5B model (24 layers, width 896, 151,936 tokens), with `--large` that of a 3B one (36
+layers, width 2048), and random weights. A step is forward,
 Selective-DPO loss, backward and SGD on a batch of pairs; reference log-probs are stored. The layouts run in one
 process, in shuffled order, round after round; ratios are taken within a round. A case that does not fit into the
 memory, or that an implementation of attention refuses, is left out with a line that says so. `--tiny` runs the same
@@ -49,6 +50,19 @@ FULL = Sizes(
         "num_key_value_heads": 2,
     },
     cases=[(2, 256, 256), (2, 512, 512), (1, 1536, 512), (4, 512, 512), (1, 3072, 1024), (1, 1, 2048)],
+    tokens=512,
+)
+LARGE = Sizes(
+    device="cuda",
+    model={
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    },
+    cases=[(2, 512, 512), (1, 1536, 512), (4, 512, 512), (1, 3072, 1024), (4, 1024, 256), (1, 1, 2048)],
     tokens=512,
 )
 TINY = Sizes(
@@ -175,20 +189,24 @@ def attempt(what: Any, attention: str, *arguments: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--no-exactness", action="store_true")
+    parser.add_argument("--attention", nargs="+", default=ATTENTION, choices=ATTENTION)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    sizes = TINY if options.tiny else FULL
+    sizes = TINY if options.tiny else LARGE if options.large else FULL
     if sizes.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here: expected a CUDA device, or --tiny")
     device = torch.cuda.get_device_name() if sizes.device == "cuda" else "CPU"
     print(f"{device}, torch {torch.__version__}, {options.rounds} rounds\n")
-    print("| attention | layout | mean error of log-probs, bf16 | largest | error of the gradient |")
-    print("|---|---|---|---|---|")
-    for attention in ATTENTION:
-        attempt(exactness, attention, sizes, attention)
+    if not options.no_exactness:
+        print("| attention | layout | mean error of log-probs, bf16 | largest | error of the gradient |")
+        print("|---|---|---|---|---|")
+        for attention in options.attention:
+            attempt(exactness, attention, sizes, attention)
     print("\n| attention | pairs × (prompt + response) | padded ms | shared ms | padded / shared | peak MiB | shared |")
     print("|---|---|---|---|---|---|---|")
-    for attention in ATTENTION:
+    for attention in options.attention:
         attempt(steps, attention, sizes, attention, options.rounds)
 
 

@@ -26,8 +26,8 @@ from selective_pref_adapters.batch import labels_of, responses
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
-from selective_pref_adapters.replication.judging import decisive_mask
-from selective_pref_adapters.replication.language import (
+from selective_pref_adapters.replication.miniature.judging import decisive_mask
+from selective_pref_adapters.replication.miniature.language import (
     OTHER_STYLE,
     PLAIN,
     Language,
@@ -40,7 +40,13 @@ from selective_pref_adapters.replication.language import (
     supervised_texts,
     write_rows,
 )
-from selective_pref_adapters.replication.runs import SUPERVISED_BATCH, load, make_model, save, train_supervised
+from selective_pref_adapters.replication.miniature.supervised import (
+    SUPERVISED_BATCH,
+    load,
+    make_model,
+    save,
+    train_supervised,
+)
 
 HELD_OUT_PROMPTS = 0.2
 SUPERVISED_ERRORS = 0.5
@@ -110,8 +116,8 @@ class World:
         return load(self.folder / name)
 
 
-def prepare(folder: Path, seed: int, scale: Scale) -> World:
-    """The world of a seed: what its folder holds already is read, and the rest is made."""
+def prepare(folder: Path, seed: int, scale: Scale, models: Sequence[str] = MODELS) -> World:
+    """The world of a seed with some of its models: what its folder holds already is read, and the rest is made."""
     folder.mkdir(parents=True, exist_ok=True)
     language, tokenizer = make_language(seed), make_tokenizer()
     prompts = split_prompts(seed, HELD_OUT_PROMPTS)
@@ -135,13 +141,14 @@ def prepare(folder: Path, seed: int, scale: Scale) -> World:
         supervised("student", 64, scale.student_steps, SUPERVISED_ERRORS)
     if not (folder / "teacher").exists():
         supervised("teacher", 96, scale.teacher_steps, 0.0)
-    if not (folder / "stranger").exists():
+    if "stranger" in models and not (folder / "stranger").exists():
         supervised("stranger", 96, scale.teacher_steps, 0.0, OTHER_STYLE)
     train = _read(folder / "pairs.jsonl", tokenizer, seed)
-    if not (folder / "weak").exists():
+    if "weak" in models and not (folder / "weak").exists():
         save_whole(_weak(load(folder / "student"), train, scale, seed), tokenizer, folder / "weak")
+    folders = [folder / name for name in models]
     train, held_out = (
-        _read(folder / f"{name}.jsonl", tokenizer, seed, store=folder / "store", models=folder)
+        _read(folder / f"{name}.jsonl", tokenizer, seed, store=folder / "store", models=folders)
         for name in ("pairs", "held_out")
     )
     return World(
@@ -215,7 +222,7 @@ def _parts(batch: dict[str, Tensor], size: int = 256) -> list[dict[str, Tensor]]
 
 
 def _read(
-    path: Path, tokenizer: PreTrainedTokenizerFast, seed: int, *, store: Path | None = None, models: Path | None = None
+    path: Path, tokenizer: PreTrainedTokenizerFast, seed: int, *, store: Path | None = None, models: Sequence[Path] = ()
 ) -> Texts:
     pairs, report = tokenize_pairs(read_rows(path), tokenizer, max_length=64)
     if report.kept != report.rows:
@@ -223,18 +230,18 @@ def _read(
     batch = collate(pairs, tokenizer.pad_token_id)
     decisive = torch.cat(decisive_mask(pairs, tokenizer, labels_of(batch).shape[1] - 1))
     generator = torch.Generator().manual_seed(seed)
-    logps = {} if store is None or models is None else _logps(store, models, pairs, batch, tokenizer)
+    logps = {} if store is None else _logps(store, models, pairs, batch, tokenizer)
     return Texts(batch=batch, logps=logps, decisive=decisive, luck=torch.rand(len(pairs), generator=generator))
 
 
 def _logps(
-    store: Path, models: Path, pairs: Sequence[TokenizedPair], batch: dict[str, Tensor], tokenizer: Any
+    store: Path, models: Sequence[Path], pairs: Sequence[TokenizedPair], batch: dict[str, Tensor], tokenizer: Any
 ) -> dict[str, Tensor]:
     """What every model says of all tokens, from the store, which computes what it lacks."""
     found = {}
-    for name in MODELS:
-        model = load(models / name)
+    for folder in models:
+        model = load(folder)
         with ReferenceStore.create(store, reference_space(model, tokenizer)) as opened:
             fill_store(opened, pairs, model, pad_token_id=tokenizer.pad_token_id, progress=False)
-            found[name] = opened.lookup(batch)
+            found[folder.name] = opened.lookup(batch)
     return found

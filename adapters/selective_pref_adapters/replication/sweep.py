@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,11 +24,18 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from selective_pref_adapters.files import write_whole
-from selective_pref_adapters.replication.study.methods import METHODS
-from selective_pref_adapters.replication.study.trials import Run, train
-from selective_pref_adapters.replication.study.worlds import FULL, SWAPPED_LABELS, Scale, World, prepare
+from selective_pref_adapters.replication.miniature.methods import METHODS
+from selective_pref_adapters.replication.miniature.trials import Run, measure_given, train
+from selective_pref_adapters.replication.miniature.worlds import (
+    FULL,
+    MODELS,
+    SWAPPED_LABELS,
+    Scale,
+    World,
+    prepare,
+)
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 SETTINGS_FILE = "settings.json"
 
 
@@ -62,19 +69,30 @@ class Plan:
         methods: keys of `METHODS`, tuned and tested on the usual data.
         varied: (variation, methods): tested at the rates that were found on the usual data.
         rates: AdamW's, tried for every method.
+        known_rates: method → rate, where nothing is tuned; None where `rates` are tried.
         tuning_seeds, test_seeds: of worlds; no seed is in both.
         times: at which multiples of the steps the tests are measured; tuning ends at 1.
+        models: of each world.
     """
 
     scale: Scale = FULL
     methods: Sequence[str] = tuple(METHODS)
     varied: Sequence[tuple[Variation, Sequence[str]]] = ()
     rates: Sequence[float] = RATES
+    known_rates: Mapping[str, float] | None = None
     tuning_seeds: Sequence[int] = (100, 101)
     test_seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    times: Sequence[float] = (1, 3)
+    times: Sequence[float] = (0.2, 1, 3)
+    models: Sequence[str] = MODELS
 
     def __post_init__(self) -> None:
+        if self.known_rates is not None:
+            if self.tuning_seeds:
+                raise ValueError("a plan with known rates has no seeds for tuning")
+            if lacking := set(self.methods) - set(self.known_rates):
+                raise ValueError(f"no rate is known for {', '.join(sorted(lacking))}")
+        elif not self.tuning_seeds:
+            raise ValueError("a plan without known rates must have seeds for tuning")
         if common := set(self.tuning_seeds) & set(self.test_seeds):
             raise ValueError(f"seeds are tuned on or tested, not both; got {sorted(common)} in both")
         if unknown := [name for name in self.every_method() if name not in METHODS]:
@@ -112,7 +130,9 @@ def sweep(folder: Path, plan: Plan, *, processes: int = 1, progress: bool = True
     check_settings(folder, plan)
     seeds = [*plan.tuning_seeds, *plan.test_seeds]
     with pool(processes) as run:
-        list(run(_prepare, [(folder, seed, plan.scale) for seed in seeds], "worlds", progress))
+        lacking = [(folder, seed, plan) for seed in seeds if not given_path(folder, seed).exists()]
+        for (_, seed, _), found in run(_prepare, lacking, "worlds", progress):
+            write_whole(given_path(folder, seed), json.dumps(found) + "\n")
         _run_cells(folder, plan, cells_of_tuning(plan), run, "tuning", progress)
         rates = best_rates(folder, plan)
         _run_cells(folder, plan, cells_of_tests(plan, rates), run, "tests", progress)
@@ -147,12 +167,10 @@ def cells_of_tests(plan: Plan, rates: dict[str, float]) -> list[Cell]:
 def best_rates(folder: Path, plan: Plan) -> dict[str, float]:
     """The rate of the highest mean success in tuning, for every method; the lower one of two equals.
 
-    A run that diverged has no success. Where there are no seeds for tuning, the rate is the only one of the plan.
+    A run that diverged has no success. Rates that the plan knows are not tuned.
     """
-    if not plan.tuning_seeds:
-        if len(plan.rates) != 1:
-            raise ValueError(f"without seeds for tuning a plan must have one rate; got {list(plan.rates)}")
-        return dict.fromkeys(plan.methods, plan.rates[0])
+    if plan.known_rates is not None:
+        return {name: plan.known_rates[name] for name in plan.methods}
     found: dict[str, dict[float, list[float]]] = {name: {rate: [] for rate in plan.rates} for name in plan.methods}
     for cell in cells_of_tuning(plan):
         result = read_cell(folder, cell)
@@ -168,13 +186,22 @@ def path_of(folder: Path, cell: Cell) -> Path:
     return folder / "runs" / f"{cell.name}.json"
 
 
+def given_path(folder: Path, seed: int) -> Path:
+    """Where the measurements of a world's models are, as `measure_given` returns them."""
+    return folder / "given" / f"seed-{seed}.json"
+
+
 def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     """What a run found.
 
     Raises:
         SweepError: its file is damaged: it must be deleted, to be made again.
     """
-    path = path_of(folder, cell)
+    return read_record(path_of(folder, cell))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A file of a sweep; SweepError as `read_cell`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -184,6 +211,8 @@ def read_cell(folder: Path, cell: Cell) -> dict[str, Any]:
 def check_settings(folder: Path, plan: Plan) -> None:
     """Notes the scale of a new folder, and raises SweepError where a folder has runs of another one."""
     path, scale = folder / SETTINGS_FILE, asdict(plan.scale)
+    for name in ("runs", "given"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))["scale"]
         if found != scale:
@@ -191,29 +220,28 @@ def check_settings(folder: Path, plan: Plan) -> None:
             differ = ", ".join(f"{key} {found.get(key)} instead of {scale[key]}" for key in keys)
             raise SweepError(f"{folder} holds runs of another scale ({differ}): give another folder")
         return
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"scale": scale}, indent=2) + "\n")
 
 
 def _run_cells(folder: Path, plan: Plan, cells: Iterable[Cell], run: Any, title: str, progress: bool) -> None:
     lacking = [cell for cell in cells if not path_of(folder, cell).exists()]
-    work = [(folder, cell, plan.scale) for cell in lacking]
+    work = [(folder, cell, plan) for cell in lacking]
     for (_, cell, _), result in run(_run, work, title, progress):
         write_whole(path_of(folder, cell), json.dumps({**asdict(cell), **result}) + "\n")
 
 
-def _prepare(folder: Path, seed: int, scale: Scale) -> None:
-    world_of(folder, seed, scale)
+def _prepare(folder: Path, seed: int, plan: Plan) -> dict[str, dict[str, float]]:
+    return measure_given(world_of(folder, seed, plan.scale, tuple(plan.models)))
 
 
-def _run(folder: Path, cell: Cell, scale: Scale) -> dict[str, Any]:
-    return train(world_of(folder, cell.seed, scale), METHODS[cell.method], cell.run)
+def _run(folder: Path, cell: Cell, plan: Plan) -> dict[str, Any]:
+    return train(world_of(folder, cell.seed, plan.scale, tuple(plan.models)), METHODS[cell.method], cell.run)
 
 
 @lru_cache(maxsize=2)
-def world_of(folder: Path, seed: int, scale: Scale) -> World:
+def world_of(folder: Path, seed: int, scale: Scale, models: Sequence[str]) -> World:
     """The world of a seed, which a process keeps while it runs cells of it."""
-    return prepare(folder / "worlds" / f"seed-{seed}", seed, scale)
+    return prepare(folder / "worlds" / f"seed-{seed}", seed, scale, models)
 
 
 Runner = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], str, bool], Iterator[tuple[tuple[Any, ...], Any]]]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from selective_pref import Response, alignment_scores, select
-from selective_pref_adapters.replication.judging import auc, sample_answers, success_rate
-from selective_pref_adapters.replication.language import is_well_formed
-from selective_pref_adapters.replication.study.methods import RATIO, Method, Seen
-from selective_pref_adapters.replication.study.worlds import (
+from selective_pref_adapters.replication.miniature.judging import auc, sample_answers, success_rate
+from selective_pref_adapters.replication.miniature.language import is_well_formed
+from selective_pref_adapters.replication.miniature.methods import RATIO, Method, Seen
+from selective_pref_adapters.replication.miniature.worlds import (
     SWAPPED_LABELS,
     Texts,
     World,
@@ -79,6 +79,21 @@ def train(world: World, method: Method, run: Run) -> dict[str, Any]:
     return {"diverged": False, "measured": measured}
 
 
+def measure_given(world: World) -> dict[str, dict[str, float]]:
+    """What `measure` says of every model of a world; and, of another one than the start, "vetoed".
+
+    That is the share of the answers' tokens of the held-out pairs that the model finds at least τ = 1 nat less likely
+    than the start does: what the teacher's veto forbids if the model is the teacher.
+    """
+    before = _held_out(world, world.model("student"))
+    found = {}
+    for name, logps in world.held_out.logps.items():
+        found[name] = measure(world, world.model(name), before)
+        vetoed = (logps - world.held_out.logps["student"] <= -1.0) & answers_of(world.held_out.batch)
+        found[name]["vetoed"] = float(vetoed.sum() / answers_of(world.held_out.batch).sum())
+    return found
+
+
 def measure(world: World, policy: Any, before: Tensor) -> dict[str, float]:
     """What is measured of a policy, on prompts and pairs that no run has seen.
 
@@ -104,7 +119,7 @@ def measure(world: World, policy: Any, before: Tensor) -> dict[str, float]:
     logps = of_the_tokens(now, texts.batch)
     ratios = (logps - texts.logps["student"]).sum(-1)
     found: dict[str, float] = {
-        "success": success_rate(world.language, world.prompts, answers).value,
+        "success": success_rate(world.language, world.prompts, answers),
         "well_formed": sum(map(is_well_formed, answers)) / len(answers),
         "entropy": -(words.exp() * words).sum(-1).mean().item(),
         "kl": (words.exp() * (words - before[: len(texts)][chosen])).sum(-1).mean().item(),

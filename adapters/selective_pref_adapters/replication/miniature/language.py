@@ -32,6 +32,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from selective_pref_adapters.files import write_whole
+
 KEYS = ("owl", "fox", "elk", "hen", "cat", "dog", "bee", "cow", "pig", "rat", "ant", "bat", "yak", "emu", "ape", "koi")
 MARKERS = ("first", "second", "third", "fourth")
 FILLERS = ("well", "so", "hm", "er", "oh", "now", "say", "yes")
@@ -182,8 +184,8 @@ def wrong_digit(language: Language, key: str, rng: random.Random) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """One JSON object a line; the file is there whole or not at all, whoever reads it meanwhile."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def decisive_words(chosen: Sequence[str], rejected: Sequence[str]) -> tuple[list[bool], list[bool]]:

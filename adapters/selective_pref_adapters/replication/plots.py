@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selective_pref_adapters.replication.study.tables import Mean, Row, Table
+from selective_pref_adapters.replication.tables import Mean, Row, Table
 from selective_pref_adapters.seeing.figures import CHOSEN, LINES, REJECTED, SOFT, Figure, figure
 
 
@@ -19,14 +19,14 @@ def figures_of(tables: Sequence[Table]) -> list[Figure]:
 
 def _bars(table: Table) -> Figure:
     """Success of each row after 1x and 3x steps, with intervals, the start as a line."""
-    rows = [row for row in table.rows if len(row.measured) > 1]
-    times = [time for time in rows[0].measured if time != "0"]
+    rows, times = table.rows, table.times
     step = 0.8 / len(times)
+    start = next((mean for row in rows if row.rate is not None and (mean := row.success("0"))), None)
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
         for number, time in enumerate(times):
-            found = [row.measured[time].get("success") for row in rows]
+            found = [row.success(time) for row in rows]
             places = [place - 0.4 + step * (number + 0.5) for place in range(len(rows))]
             axes.barh(
                 places,
@@ -37,8 +37,8 @@ def _bars(table: Table) -> Figure:
                 ecolor=SOFT,
                 label=f"{time}x steps",
             )
-        start = rows[0].measured["0"]["success"]
-        axes.axvline(100 * start.value, color=SOFT, ls="--", label="start")
+        if start is not None:
+            axes.axvline(100 * start.value, color=SOFT, ls="--", label="start")
         axes.set_yticks(range(len(rows)), [row.title for row in rows])
         axes.invert_yaxis()
         axes.set(title=table.title, xlabel="sampled answers that are right, %", xlim=(0, 100))
@@ -57,7 +57,7 @@ def _score_over_training(table: Table) -> Figure:
         axes = canvas.subplots()
         for number, row in enumerate(rows):
             for side, dash in (("chosen", "-"), ("rejected", "--")):
-                times = [time for time in row.measured if row.measured[time]]
+                times = [time for time, found in row.measured.items() if found]
                 means = [row.measured[time][f"auc/{side}"].value for time in times]
                 axes.plot(
                     [float(time) for time in times],

@@ -162,12 +162,14 @@ def veto(floor: float = 2.0, sides: VetoSides = "both", teacher: str = "teacher"
     return losses
 
 
+DPO = Method(key="dpo", title="DPO", losses=dpo("student"))
+SELECTIVE = Method(key="selective_strong", title="Selective-DPO, strong reference", losses=selective("teacher"))
 TABLE_1 = (
-    Method(key="dpo", title="DPO", losses=dpo("student")),
+    DPO,
     Method(key="distilled_dpo", title="distilled DPO", losses=dpo("teacher")),
     Method(key="simpo", title="SimPO", losses=lambda seen: simpo_loss(*seen.pair(), beta=2.0, gamma=1.0).losses),
     Method(key="selective_weak", title="Selective-DPO, weak reference", losses=selective("weak")),
-    Method(key="selective_strong", title="Selective-DPO, strong reference", losses=selective("teacher")),
+    SELECTIVE,
 )
 CONTROLS = (
     Method(key="selective_own", title="Selective-DPO, own start as reference", losses=selective("student")),
@@ -192,19 +194,34 @@ BEYOND = (
     Method(key="veto_labelled", title="teacher's veto, by label", losses=veto(sides="labelled")),
 )
 RATIOS = tuple(
-    Method(key=f"ratio_{percent}", title=f"{percent} %", losses=selective("teacher", percent / 100))
+    replace(SELECTIVE, title="40 %")
+    if percent == 100 * RATIO
+    else Method(key=f"ratio_{percent}", title=f"{percent} %", losses=selective("teacher", percent / 100))
     for percent in (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 )
-BETAS = tuple(
-    Method(key=f"{name}_beta_{beta:g}", title=f"{title}, β = {beta:g}", losses=losses(beta))
-    for beta in (0.01, 0.1, 1.0, 10.0)
-    for name, title, losses in (
-        ("dpo", "DPO", lambda beta: dpo("student", beta)),
-        ("selective", "Selective-DPO", lambda beta: selective("teacher", beta=beta)),
-    )
+BETAS = (
+    replace(DPO, title=f"DPO, β = {BETA:g}"),
+    replace(SELECTIVE, title=f"Selective-DPO, β = {BETA:g}"),
+    *(
+        Method(key=f"{name}_beta_{beta:g}", title=f"{title}, β = {beta:g}", losses=losses(beta))
+        for beta in (0.1, 1.0, 10.0)
+        for name, title, losses in (
+            ("dpo", "DPO", lambda beta: dpo("student", beta)),
+            ("selective", "Selective-DPO", lambda beta: selective("teacher", beta=beta)),
+        )
+    ),
 )
 STRANGER = (
     Method(key="selective_stranger", title="Selective-DPO, teacher of another style", losses=selective("stranger")),
     Method(key="veto_stranger", title="teacher's veto, teacher of another style", losses=veto(teacher="stranger")),
 )
-METHODS = {method.key: method for method in (*TABLE_1, *CONTROLS, *BEYOND, *RATIOS, *BETAS, *STRANGER)}
+METHODS = {method.key: method for method in (*RATIOS, *BETAS, *STRANGER, *BEYOND, *CONTROLS, *TABLE_1)}
+"""By their keys; a method that stands in two tables has the title of the first one."""
+
+GIVEN = {
+    "student": "SFT: the start",
+    "weak": "weak reference: the start after DPO",
+    "teacher": "strong reference",
+    "stranger": "teacher of another style",
+}
+"""The models of a world, by their keys: rows without a run."""
