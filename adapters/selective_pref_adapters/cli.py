@@ -211,8 +211,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "report": (_report, "one page of one run or several: curves, what differs, what it means"),
     "rows": (_rows, "how each row of a file is read and tokenised, and what is left out, before anything is trained"),
     "replicate": (_replicate, "the paper's tables in miniature, with controls, seeds and intervals"),
-    "generate": (_generate, "answers to Arena-Hard and MT-Bench, in the files that their own code judges"),
     "demo": (_demo, "the same in four minutes: what Selective-DPO does, and what it does not"),
+    "generate": (_generate, "answers to Arena-Hard and MT-Bench, in the files that their own code judges"),
 }
 """Name → (its arguments → the exit status, None for 0; what it is for)."""
 
