@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -230,21 +229,23 @@ def test_after_kill_9_the_missing_questions_are_asked_and_no_other(
     """A process is killed while a question is under way: what it had answered stays, once and whole."""
     out, partial = tmp_path / "killed.jsonl", tmp_path / "killed.jsonl.partial"
     command = [*flags(questions, "m", out), "--base-url", server.url, "--concurrency", "1"]
-    reached = threading.Event()
+    reached, over = threading.Event(), threading.Event()
 
     def hangs(body: dict[str, Any]) -> Any:
         if len(server.bodies) > 7:
             reached.set()
-            time.sleep(30)
+            over.wait(240)
+            return None
         return ...
 
     server.fault = hangs
     process = subprocess.Popen([sys.executable, "-m", "selective_pref_adapters.cli", *command], env={**os.environ})
     try:
-        assert reached.wait(60)
+        assert reached.wait(240)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
+        over.set()
     assert not out.exists()
     assert [json.loads(line)["answer"]["question_id"] for line in partial.read_text().splitlines()[1:]] == [80, 81, 82]
     server.fault = lambda _: ...
