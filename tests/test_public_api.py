@@ -168,7 +168,7 @@ FLOORS = [
     {"replication"},
     TRAINERS,
     {"seeing"},
-    {"references"},
+    {"references", "generation"},
     {"reference_store"},
     {"heads", "objectives", "monitoring"},
     {"named_losses"},

@@ -48,14 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "inspect": "nothing was written",
             "report": "nothing was written",
             "replicate": "runs that have ended are kept, and the same command goes on",
+            "generate": "answers are kept, and the same command goes on",
             "demo": "runs that have ended are kept, and the same command goes on",
         }
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extras = {"score": "score", "dpo": "trl", "inspect": "seeing", "report": "seeing"}
-        extra = (extras | dict.fromkeys(("replicate", "demo"), "replicate")).get(command, "deepspeed")
+        extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing", "demo": "replicate"}
+        extras |= {name: name for name in ("score", "replicate", "generate")}
+        extra = extras.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -163,6 +165,22 @@ def _replicate(arguments: list[str]) -> int:
     return _replication(arguments, "replicate")
 
 
+def _generate(arguments: list[str]) -> None:
+    """Answer the questions of Arena-Hard or MT-Bench, in the file that the benchmark's own code judges.
+
+    By a model on this machine, or (--base-url) by a server that speaks OpenAI's chat protocol. Answers are kept as they
+    come: the same command goes on after a kill. `--config FILE.yaml` reads flags from a file; flags on the command line
+    win.
+    """
+    from selective_pref_adapters.generation.options import GenerateConfig
+
+    config = _options(GenerateConfig, arguments, "generate")
+
+    from selective_pref_adapters.generation.command import generate
+
+    generate(config)
+
+
 def _demo(arguments: list[str]) -> int:
     """See what Selective-DPO does, in a small language in which it is known which tokens decide.
 
@@ -194,6 +212,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "rows": (_rows, "how each row of a file is read and tokenised, and what is left out, before anything is trained"),
     "replicate": (_replicate, "the paper's tables in miniature, with controls, seeds and intervals"),
     "demo": (_demo, "the same in four minutes: what Selective-DPO does, and what it does not"),
+    "generate": (_generate, "answers to Arena-Hard and MT-Bench, in the files that their own code judges"),
 }
 """Name → (its arguments → the exit status, None for 0; what it is for)."""
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
+from typing import TypeVar
 
 from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
@@ -28,6 +29,8 @@ from selective_pref_adapters.reference_store.spaces import Space, vocabulary_dig
 from selective_pref_adapters.reference_store.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DRIFT = 0.015
 """Nats: how far a served model may be from what it gave before, in the mean over the tokens of a few rows. A server's
@@ -160,7 +163,7 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
                 stop.wait(server.pause_before(attempt))
                 return [] if stop.is_set() else ask(client, server, texts, group)
 
-            under_way[_in_a_thread(work)] = group, attempt
+            under_way[in_a_thread(work)] = group, attempt
 
         try:
             if rows:
@@ -195,10 +198,10 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
             stop.set()
 
 
-def _in_a_thread(work: Callable[[], RowLogps]) -> Future[RowLogps]:
+def in_a_thread(work: Callable[[], T]) -> Future[T]:
     """The result of `work`, done in a thread that ends with the process. A pool of threads would wait, at the
     end, for answers that are no longer wanted."""
-    future: Future[RowLogps] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
