@@ -162,7 +162,7 @@ class SelectivePreferenceLoss:
                 f"data_collator=PreferenceCollator(tokenizer) to the Trainer; got labels {type(labels).__name__}"
             )
         if num_items_in_batch is None:
-            raise ValueError("the Trainer gave no number of pairs to divide the loss by: transformers >= 5 is needed")
+            raise ValueError("the Trainer gave no number of pairs to divide the loss by: transformers >= 5.2 is needed")
         logps = logps_of(outputs, labels)
         out, kept = self.preferences(logps, labels)
         if torch.is_grad_enabled():
