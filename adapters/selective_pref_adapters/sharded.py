@@ -31,9 +31,9 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 def whole(tensor: Tensor) -> Iterator[Tensor]:
     """The whole of a tensor, without a gradient, on the device of its parts; for reading, and only inside."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # ZeRO-3 has cut it, so DeepSpeed is there
+        import deepspeed  # it has cut the tensor, so it is there
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             yield tensor.detach()
     elif isinstance(tensor, DTensor):
         yield tensor.detach().full_tensor()

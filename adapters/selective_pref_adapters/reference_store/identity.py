@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import Tokenizer
@@ -64,7 +65,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     return {
         "kind": "local model",
         "scoring_version": LOGPS_VERSION,
-        "architecture": type(causal).__name__,
+        "architecture": next(kind.__name__ for kind in type(causal).__mro__ if not issubclass(kind, FSDPModule)),
         "config": digest_of_json(config),
         "weights": weights,
         "adapter": adapter,
