@@ -1,0 +1,109 @@
+"""FSDP2 under a `Trainer`: whether it is asked for, and references that are sharded as accelerate shards the policy.
+
+In: the arguments of a `Trainer` (or what `accelerate launch` has put into the environment), and models. Out: the same
+models, each process holding its part of every parameter as a DTensor; or an error before a model is loaded.
+
+accelerate shards the policy when training begins. It has no call for a second model, and on CPUs it trains data
+parallel instead, without a word: both are done here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
+from torch import nn
+from torch.distributed import fsdp
+
+
+def asks_for_fsdp(args: Any) -> bool:
+    """Whether FSDP is to shard the models: by `TrainingArguments(fsdp=True)`, or as `accelerate launch` was told.
+
+    Raises:
+        ValueError: it is the first FSDP.
+        ImportError: torch or accelerate are too old for FSDP2.
+    """
+    version = _version(args)
+    if version is None:
+        return False
+    if version != 2:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens weights, from which the fused head, the store and the check of the "
+            "reference cannot be served. Use FSDP2: TrainingArguments(fsdp=True, fsdp_config={'version': 2}), or "
+            "fsdp_version: 2 in accelerate's configuration"
+        )
+    if not hasattr(fsdp, "fully_shard") or not hasattr(fsdp_utils, "fsdp2_prepare_model"):
+        raise ImportError(
+            "FSDP2 needs torch.distributed.fsdp.fully_shard and an accelerate that calls it: pip install --upgrade "
+            "torch accelerate"
+        )
+    return True
+
+
+def _version(args: Any) -> int | None:
+    """Of the FSDP that is asked for; None for none."""
+    if (given := getattr(args, "fsdp_plugin_args", None)) is not None:
+        return int(given["fsdp_version"])
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if is_initialized():  # an earlier Trainer of this process has set the variable, for all that follow
+        plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
+        return None if plugin is None else plugin.fsdp_version
+    return int(os.environ.get("FSDP_VERSION", "1"))
+
+
+def enable(trainer: Any) -> bool:
+    """Whether FSDP2 shards this trainer's models; on CPUs, too, where accelerate would not. For a trainer not yet used.
+
+    Raises:
+        ValueError, ImportError: see `asks_for_fsdp`.
+    """
+    if not asks_for_fsdp(trainer.args):
+        return False
+    state = trainer.accelerator.state
+    if not trainer.is_fsdp_enabled and state.distributed_type == DistributedType.MULTI_CPU:
+        plugin = FullyShardedDataParallelPlugin(**(trainer.args.fsdp_plugin_args or {}))
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        trainer.is_fsdp_enabled = True
+    return trainer.is_fsdp_enabled
+
+
+def shard(model: nn.Module, accelerator: Any, *, mixed_precision: bool = True) -> nn.Module:
+    """A model that does not learn, sharded in place as the policy will be: layer by layer, each gathered for its call.
+
+    Every process must call it, with the same model. With `cpu_ram_efficient_loading` only the first process holds
+    weights, and the others get theirs from it.
+
+    Args:
+        model: a causal LM, in evaluation mode, without gradients.
+        accelerator: of a trainer that FSDP2 is enabled for.
+        mixed_precision: whether it computes in the policy's precision (`bf16=True`); else in that of its weights.
+    """
+    with _plugin_of_its_own(accelerator.state) as plugin:
+        if not mixed_precision:
+            plugin.mixed_precision_policy = None
+        sharded: Any = fsdp_utils.fsdp2_prepare_model(accelerator, model)
+    sharded.set_reshard_after_forward(True)  # accelerate leaves the head whole for a backward pass, and there is none
+    return sharded
+
+
+@contextmanager
+def _plugin_of_its_own(state: Any) -> Iterator[Any]:
+    """While a model is sharded: settings that remember its classes of layers, and not those of the policy."""
+    kept = state.fsdp_plugin
+    state.fsdp_plugin = plugin = copy.copy(kept)
+    if isinstance(plugin.auto_wrap_policy, functools.partial):  # bound to the policy's classes
+        plugin.auto_wrap_policy = plugin.auto_wrap_policy.func
+    plugin.transformer_cls_names_to_wrap = None
+    try:
+        yield plugin
+    finally:
+        state.fsdp_plugin = kept
