@@ -158,8 +158,9 @@ PACKAGES = (
     "reference_store.served",
     "pairs",
     "seeing",
+    "objectives",
 )
-MODULES = ("batch", "heads", "objectives", "references", "models", "model_checks", "monitoring")
+MODULES = ("batch", "heads", "references", "models", "model_checks", "monitoring", "sharded")
 
 
 def public_names(module: str) -> list[str]:

@@ -29,7 +29,6 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     own_pairs,
 )
-from selective_pref_adapters.named_losses import check_name
 from selective_pref_adapters.objectives import (
     CHOSEN_ONLY,
     check_objective,
@@ -38,6 +37,7 @@ from selective_pref_adapters.objectives import (
     needs_reference,
     unread,
 )
+from selective_pref_adapters.objectives.named_losses import check_name
 from selective_pref_adapters.options import UNREAD, LossOptions
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, ref_logps_of
 

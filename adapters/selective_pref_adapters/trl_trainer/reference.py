@@ -25,7 +25,6 @@ from trl.trainer.utils import create_model_from_path
 
 from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import REF_LOGPS, Batch
-from selective_pref_adapters.models import is_sharded
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.fill import fill_store
 from selective_pref_adapters.reference_store.identity import reference_space
@@ -39,6 +38,7 @@ from selective_pref_adapters.references import (
     is_initial_policy,
     ref_logps_of,
 )
+from selective_pref_adapters.sharded import is_sharded
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 
 logger = logging.getLogger(__name__)
