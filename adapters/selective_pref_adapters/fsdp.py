@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
 from torch import nn
 from torch.distributed import fsdp
@@ -71,7 +71,8 @@ def enable(trainer: Any) -> bool:
         plugin = FullyShardedDataParallelPlugin(**(trainer.args.fsdp_plugin_args or {}))
         if state.mixed_precision != "no":
             plugin.set_mixed_precision(state.mixed_precision)
-        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = plugin
         trainer.is_fsdp_enabled = True
     return trainer.is_fsdp_enabled
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,13 @@ from tqdm.auto import tqdm
 from selective_pref import NonFiniteError
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.identity import model_identity
+from selective_pref_adapters.reference_store.in_step import OutOfStepError
 from selective_pref_adapters.reference_store.local import BATCH_TOKENS, local_logps
 from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, different_rows, rows_of_pairs
 from selective_pref_adapters.reference_store.shards import StoreError
 from selective_pref_adapters.reference_store.store import ReferenceStore
 from selective_pref_adapters.reference_store.writer import FLUSH_SECONDS
+from selective_pref_adapters.sharded import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,8 @@ def fill_store(
     `objectives.without_rounding` makes ties of such differences.
 
     With an initialised process group every process must call this with the same pairs; each computes its share, and all
-    of them wait for the last and find all rows.
+    of them wait for the last and find all rows. The model may be sharded over them (FSDP2, ZeRO-3): then every process
+    takes part in every forward.
 
     Args:
         store: of this model: `ReferenceStore.create(path, reference_space(model, tokenizer))`.
@@ -109,7 +113,7 @@ def fill_store(
         _check_identity(store, model)
         yield from local_logps(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
 
-    return fill_rows(store, rows_of_pairs(pairs), logps, progress=progress)
+    return fill_rows(store, rows_of_pairs(pairs), logps, together=is_sharded(model), progress=progress)
 
 
 def fill_rows(
@@ -117,6 +121,7 @@ def fill_rows(
     rows: Iterable[Row],
     source: LogpSource,
     *,
+    together: bool = False,
     flush_seconds: float = FLUSH_SECONDS,
     progress: bool = True,
 ) -> FillReport:
@@ -126,6 +131,7 @@ def fill_rows(
         store: where to.
         rows: what is wanted; the same on every process.
         source: the reference.
+        together: whether every process has to ask it where one does: a model sharded over them.
         flush_seconds: what was computed is written at least this often.
         progress: show a bar with an estimate of the time left.
 
@@ -149,16 +155,17 @@ def fill_rows(
         disable=not progress or rank > 0 or not lacking,
     )
     try:
-        if lacking:
-            with bar, store.writer(flush_seconds=flush_seconds) as writer:
-                for computed in source(lacking):
+        if lacking or (together and any(_sums([len(lacking)]))):
+            answers = source(lacking)
+            with bar, store.writer(flush_seconds=flush_seconds) as writer, _closed_afterwards(answers):
+                for computed in answers:
                     for row, values in computed:
                         check_finite(row, values)
                         writer.add(row, values)
                     calls += 1
                     bar.update(sum(len(row.ids) for row, _ in computed))
     except Exception as error:
-        if world == 1:
+        if world == 1 or isinstance(error, OutOfStepError):
             raise
         failure = error  # raised below, when the other processes know
     tokens = sum(len(row.ids) for row in lacking)
@@ -232,6 +239,16 @@ def check_finite(row: Row, values: np.ndarray) -> None:
             f"{row.place}: the reference gives {values[bad[0]]} to token {at} (id {row.ids[at]}); {len(bad)} of "
             f"{len(values)} log-probs of this row are not finite. It is not stored; what was computed before is"
         )
+
+
+@contextmanager
+def _closed_afterwards(answers: Iterable[RowLogps]) -> Iterator[None]:
+    """Where the answers are made one after another, their maker learns that no more are wanted."""
+    try:
+        yield
+    finally:
+        if isinstance(answers, Generator):
+            answers.close()
 
 
 def _check_identity(store: ReferenceStore, model: nn.Module) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,8 +21,10 @@ from selective_pref_adapters.heads import (
     row_per_token_logps,
 )
 from selective_pref_adapters.models import context_length, evaluating
+from selective_pref_adapters.reference_store.in_step import in_step
 from selective_pref_adapters.reference_store.rows import Row, RowLogps
 from selective_pref_adapters.reference_store.shards import StoreError
+from selective_pref_adapters.sharded import is_sharded, whole_shape
 
 BATCH_TOKENS = 16384
 """Token positions of one batch on a GPU, padding included."""
@@ -32,16 +35,22 @@ def local_logps(
 ) -> Iterator[RowLogps]:
     """The log-probs that a model on this process gives to rows: a `LogpSource`, once its options are bound.
 
-    On a CPU each row is computed by itself, and a prompt once for all rows that begin with it; on a GPU rows of like
-    length share a batch, and rows with the same prompt do.
+    On a CPU each row is computed by itself, and a prompt once for all rows that begin with it; on a GPU, and where the
+    model is sharded, rows of like length share a batch, and rows with the same prompt do. Of a sharded model every
+    process takes part in every batch of each process.
 
     Raises:
         StoreError: a row is longer than the model can read, or holds ids that it does not have; before any is computed.
     """
+    device = next(model.parameters()).device
+    if is_sharded(model):
+        install_fused_head(model, at_first_call=True)
+        logps_of = partial(_logps_of, model, frozen_per_token_logps, pad_token_id, device)
+        yield from in_step(_batches(rows, model, batch_tokens), logps_of, [_FILLER], device)
+        return
     _check_readable(rows, model)
     with _undisturbed(model):
         install_fused_head(model)
-    device = next(model.parameters()).device
     if device.type == "cuda":
         source, groups = frozen_per_token_logps, _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
     elif computes_rows_by_themselves(model):
@@ -50,15 +59,30 @@ def local_logps(
     else:
         source, groups = frozen_per_token_logps, ([row] for some in _by_prompt(rows) for row in some)
     for group in groups:
-        with _undisturbed(model), torch.autocast(device.type, enabled=False):
-            logps = source(model, _collate(group, pad_token_id, device)).float().cpu().numpy()
-        yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=True)]
+        yield _logps_of(model, source, pad_token_id, device, group)
+
+
+_FILLER = Row(ids=np.zeros(2, dtype=np.int32), mask=np.array([False, True]))
+
+
+def _batches(rows: Sequence[Row], model: nn.Module, batch_tokens: int) -> Iterator[list[Row]]:
+    _check_readable(rows, model)
+    yield from _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
+
+
+def _logps_of(
+    model: nn.Module, source: Callable[..., Tensor], pad_token_id: int, device: torch.device, rows: list[Row]
+) -> RowLogps:
+    """The log-probs of rows that share a batch."""
+    with _undisturbed(model), torch.autocast(device.type, enabled=False):
+        logps = source(model, _collate(rows, pad_token_id, device)).float().cpu().numpy()
+    return [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(rows, logps, strict=True)]
 
 
 def _check_readable(rows: Sequence[Row], model: Any) -> None:
     """Raises StoreError for the first row that the model cannot read."""
     context = context_length(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
     for row in rows:
         if context is not None and len(row.ids) > context:
             raise StoreError(

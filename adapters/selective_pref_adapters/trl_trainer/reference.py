@@ -217,12 +217,12 @@ class TrainerReference:
     ) -> ReferenceStore:
         """Computes what the store lacks, each process its share."""
         trainer, args = self._trainer, self._args
-        if is_sharded(model):
+        if is_sharded(model) and trainer.is_deepspeed_enabled:
             raise ValueError(
                 "under ZeRO-3 no process holds the whole reference, so it cannot fill a store: fill it first "
                 "(selective-pref score), and give reference_store without ref_model and precompute_ref_log_probs"
             )
-        if not hasattr(model, "hf_device_map"):
+        if not hasattr(model, "hf_device_map") and not is_sharded(model):
             model.to(trainer.accelerator.device)
         if store is None:
             label = model.config._name_or_path or "reference"
