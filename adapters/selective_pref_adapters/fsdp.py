@@ -14,12 +14,16 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
 from torch import nn
 from torch.distributed import fsdp
+
+from selective_pref_adapters.sharded import is_sharded
 
 
 def asks_for_fsdp(args: Any) -> bool:
@@ -74,7 +78,38 @@ def enable(trainer: Any) -> bool:
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = plugin
         trainer.is_fsdp_enabled = True
+    if trainer.is_fsdp_enabled:
+        _keep_outputs(state.fsdp_plugin)
     return trainer.is_fsdp_enabled
+
+
+def _keep_outputs(plugin: Any) -> None:
+    """Log-probs leave a model as they were computed, in float32: accelerate would round them to bf16 with its outputs.
+
+    Rounded, they select other tokens.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.output_dtype is not None and policy.output_dtype.itemsize < 4:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+@contextmanager
+def evaluation(trainer: Any) -> Iterator[None]:
+    """Around an evaluation, which under FSDP2 may also come before training; stock trainers refuse that.
+
+    accelerate shards a policy only beside an optimiser: this one is never used. Afterwards the head is sharded again,
+    which accelerate leaves whole: an optimiser that is made then would learn weights that nothing reads.
+    """
+    if trainer.is_fsdp_enabled and not is_sharded(trainer.model):
+        unused = torch.optim.SGD(trainer.model.parameters())
+        trainer.model, _ = trainer.accelerator.prepare(trainer.model, unused)
+        trainer.model_wrapped = trainer.model
+    try:
+        yield
+    finally:
+        for module in trainer.model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def shard(model: nn.Module, accelerator: Any, *, mixed_precision: bool = True) -> nn.Module:
