@@ -30,13 +30,16 @@ def load_tokenizer(name: str) -> Any:
     return _load("tokenizer", name, AutoTokenizer.from_pretrained, ("config.json", "tokenizer_config.json"))
 
 
-def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Module:
+def load_model(
+    name: str, *, dtype: str, attention: str | None = None, loader: Callable[..., nn.Module] | None = None
+) -> nn.Module:
     """A causal LM from a folder or hub id, with every dropout rate 0: policy and reference must differ by weights only.
 
     Args:
         name: the folder or hub id.
         dtype: of the weights, as torch names it: "float32", "bfloat16" or "float16".
         attention: attention implementation, as transformers names them ("eager", "sdpa", …); None for its choice.
+        loader: what makes the model, given its name and options; None for transformers' `from_pretrained`.
 
     Raises:
         ValueError: there is no such model; says whether the folder is absent or incomplete.
@@ -44,9 +47,15 @@ def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Mod
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention is not None:
         options["attn_implementation"] = attention
-    model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options), ("config.json",))
+    loader = AutoModelForCausalLM.from_pretrained if loader is None else loader
+    model = _load("model", name, partial(loader, **options), ("config.json",))
     switch_off_dropout(model)
     return model
+
+
+def model_config(name: str) -> Any:
+    """The configuration of a model folder or hub id. Raises ValueError as `load_model` does."""
+    return _load("model", name, AutoConfig.from_pretrained, ("config.json",))
 
 
 def load_config(name: str) -> Any:

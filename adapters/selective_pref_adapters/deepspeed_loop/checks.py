@@ -23,6 +23,7 @@ from selective_pref_adapters.files import existing
 from selective_pref_adapters.objectives import make_objective, needs_reference, unread
 from selective_pref_adapters.options import LossOptions, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
+from selective_pref_adapters.sharded import whole_shape
 
 
 def check_config(config: TrainConfig) -> None:
@@ -144,8 +145,8 @@ def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: Train
     That is the model, and as many checkpoints as are there at one time: those that are kept, and the next one while it
     is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16 the float32 weights.
     """
-    numbers = sum(parameter.numel() for parameter in policy.parameters())
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+    numbers = sum(whole_shape(parameter).numel() for parameter in policy.parameters())
+    weights = sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in policy.parameters())
     checkpoint = weights + 4 * numbers * (2 if config.dtype == "float32" else 3)
     written = 0 if config.save_steps is None else min(steps // config.save_steps, config.keep_checkpoints + 1)
     needed = weights + written * checkpoint

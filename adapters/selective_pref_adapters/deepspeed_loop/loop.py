@@ -33,6 +33,8 @@ from selective_pref_adapters.deepspeed_loop.checks import (
 )
 from selective_pref_adapters.deepspeed_loop.data import check_pairs, load_pairs
 from selective_pref_adapters.deepspeed_loop.engine import (
+    check_models,
+    load,
     save_model,
     start_engine,
     start_frozen_engine,
@@ -72,7 +74,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
 )
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.model_checks import check_padding, check_policy
-from selective_pref_adapters.models import load_model, load_tokenizer, pad_token_id, usable_length
+from selective_pref_adapters.models import load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
     SELF_REFERENCE,
     anywhere,
@@ -129,7 +131,9 @@ def train(config: TrainConfig) -> TrainResult:
     set_seed(config.seed)
 
     tokenizer = load_tokenizer(config.model)
-    policy = load_model(config.model, dtype=config.dtype)
+    named = {"policy": config.model, "reference": config.ref_model, "scoring reference": config.scoring_ref_model}
+    check_models(config, named)
+    policy = load(config, config.model)
     reference = open_reference(config, tokenizer, config.ref_model, config.reference_store, config.reference_space)
     scoring_reference = open_reference(
         config, tokenizer, config.scoring_ref_model, config.scoring_reference_store, config.scoring_reference_space
@@ -308,7 +312,7 @@ def open_reference(
         return StoredReference(opened)
     if model is None:
         return None
-    loaded = load_model(model, dtype=config.dtype)
+    loaded = load(config, model)
     check_same_tokenizer(tokenizer, load_tokenizer(model))
     return RunningReference(
         loaded,
