@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
 from torch import nn
 from torch.distributed import fsdp
+from torch.distributed.fsdp import StateDictType
 
 from selective_pref_adapters.sharded import is_sharded
 
@@ -80,6 +81,8 @@ def enable(trainer: Any) -> bool:
         trainer.is_fsdp_enabled = True
     if trainer.is_fsdp_enabled:
         _keep_outputs(state.fsdp_plugin)
+        _within(trainer, "evaluation_loop", _evaluation)
+        _within(trainer, "save_model", _saving)
     return trainer.is_fsdp_enabled
 
 
@@ -91,25 +94,6 @@ def _keep_outputs(plugin: Any) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.output_dtype is not None and policy.output_dtype.itemsize < 4:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
-
-
-@contextmanager
-def evaluation(trainer: Any) -> Iterator[None]:
-    """Around an evaluation, which under FSDP2 may also come before training; stock trainers refuse that.
-
-    accelerate shards a policy only beside an optimiser: this one is never used. Afterwards the head is sharded again,
-    which accelerate leaves whole: an optimiser that is made then would learn weights that nothing reads.
-    """
-    if trainer.is_fsdp_enabled and not is_sharded(trainer.model):
-        unused = torch.optim.SGD(trainer.model.parameters())
-        trainer.model, _ = trainer.accelerator.prepare(trainer.model, unused)
-        trainer.model_wrapped = trainer.model
-    try:
-        yield
-    finally:
-        for module in trainer.model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
 
 
 def shard(model: nn.Module, accelerator: Any, *, mixed_precision: bool = True) -> nn.Module:
@@ -143,3 +127,56 @@ def _plugin_of_its_own(state: Any) -> Iterator[Any]:
         yield plugin
     finally:
         state.fsdp_plugin = kept
+
+
+# --- what a Trainer does not do under FSDP2 by itself ----------------------------------------------------------------
+
+
+def _within(trainer: Any, name: str, context: Callable[..., AbstractContextManager[None]]) -> None:
+    """Has a method of a trainer run inside of a context, which is made of the trainer and the method's arguments."""
+    method = getattr(trainer, name)
+    if hasattr(method, "context"):
+        return
+
+    @functools.wraps(method)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context(trainer, *args, **kwargs):
+            return method(*args, **kwargs)
+
+    within.context = context  # type: ignore[attr-defined]
+    setattr(trainer, name, within)
+
+
+@contextmanager
+def _evaluation(trainer: Any, *_: Any, **__: Any) -> Iterator[None]:
+    """Around an evaluation, which may also come before training.
+
+    accelerate shards a policy only beside an optimiser: this one is never used. Afterwards the head is sharded again,
+    which accelerate leaves whole: an optimiser that is made then would learn weights that nothing reads.
+    """
+    if not is_sharded(trainer.model):
+        unused = torch.optim.SGD(trainer.model.parameters())
+        trainer.model, _ = trainer.accelerator.prepare(trainer.model, unused)
+        trainer.model_wrapped = trainer.model
+    try:
+        yield
+    finally:
+        for module in trainer.model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
+@contextmanager
+def _saving(trainer: Any, output_dir: str | None = None, _internal_call: bool = False) -> Iterator[None]:
+    """Around `save_model`, which writes whole weights: with `SHARDED_STATE_DICT` a Trainer would write none.
+
+    Not where it saves a checkpoint, whose weights are then in a folder of their own.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin
+    kind = plugin.state_dict_type
+    if not _internal_call:
+        plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kind

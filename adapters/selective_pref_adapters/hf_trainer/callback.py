@@ -139,7 +139,6 @@ class SelectionCallback(TrainerCallback, ExportableState):
         for name, dataset in datasets_of(trainer):
             check_rows(name, dataset, collator, loss, models)
         _let_logs_carry_metrics(trainer)
-        _let_evaluations_come_first(trainer)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The end of `Trainer.__init__`."""
@@ -296,21 +295,6 @@ def _let_logs_carry_metrics(trainer: Any) -> None:
 
     log.carries_metrics = True  # type: ignore[attr-defined]
     trainer.log = log
-
-
-def _let_evaluations_come_first(trainer: Any) -> None:
-    """Wraps the Trainer's `evaluation_loop`, so that under FSDP2 it may be called before training."""
-    evaluate = trainer.evaluation_loop
-    if not trainer.is_fsdp_enabled or hasattr(evaluate, "comes_first"):
-        return
-
-    @functools.wraps(evaluate)
-    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-        with fsdp.evaluation(trainer):
-            return evaluate(*args, **kwargs)
-
-    evaluation_loop.comes_first = True  # type: ignore[attr-defined]
-    trainer.evaluation_loop = evaluation_loop
 
 
 def _calling_trainer() -> Trainer:

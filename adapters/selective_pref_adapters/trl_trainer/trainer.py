@@ -22,7 +22,6 @@ from trl import DPOTrainer
 
 from selective_pref import NonFiniteError, Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
-from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.model_checks import check_reloadable, check_trainable
@@ -230,11 +229,6 @@ class SelectiveDPOTrainer(DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
         """As in `DPOTrainer`; rows as `read_rows` gives them will do, too."""
         return super().evaluate(as_datasets(eval_dataset), *arguments, **options)
-
-    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-        """As in `DPOTrainer`; under FSDP2 also before training."""
-        with fsdp.evaluation(self):
-            return super().evaluation_loop(*arguments, **options)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
