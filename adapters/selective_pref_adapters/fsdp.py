@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fs
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import StateDictType
+from transformers.training_args import ParallelMode
 
 from selective_pref_adapters.sharded import is_sharded
 
@@ -31,7 +32,7 @@ def asks_for_fsdp(args: Any) -> bool:
     """Whether FSDP is to shard the models: by `TrainingArguments(fsdp=True)`, or as `accelerate launch` was told.
 
     Raises:
-        ValueError: it is the first FSDP.
+        ValueError: it is the first FSDP, there is no launcher, or processes would evaluate unequal numbers of batches.
         ImportError: torch or accelerate are too old for FSDP2.
     """
     version = _version(args)
@@ -47,6 +48,16 @@ def asks_for_fsdp(args: Any) -> bool:
         raise ImportError(
             "FSDP2 needs torch.distributed.fsdp.fully_shard and an accelerate that calls it: pip install --upgrade "
             "torch accelerate"
+        )
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            "FSDP2 shards models over processes that a launcher starts, and this one runs alone: torchrun "
+            "--nproc_per_node N (or accelerate launch), and use_cpu=True where there are no GPUs"
+        )
+    if not args.accelerator_config.even_batches:
+        raise ValueError(
+            "under FSDP2 every process takes part in every forward: without even_batches a process with fewer batches "
+            "would leave the others waiting. Set even_batches to True in accelerator_config"
         )
     return True
 

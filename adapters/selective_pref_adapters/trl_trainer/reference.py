@@ -142,6 +142,8 @@ class TrainerReference:
         """
         if not self.stored:
             self.source()
+            if self.model is None:
+                self._trainer.ref_model = None
             return False
         self._fills = self._args.precompute_ref_log_probs
         if not self._fills:
