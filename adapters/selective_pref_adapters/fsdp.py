@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState, is_initialized
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
 from torch import nn
 from torch.distributed import fsdp
@@ -68,9 +68,6 @@ def _version(args: Any) -> int | None:
         return int(given["fsdp_version"])
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
-    if is_initialized():  # an earlier Trainer of this process has set the variable, for all that follow
-        plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
-        return None if plugin is None else plugin.fsdp_version
     return int(os.environ.get("FSDP_VERSION", "1"))
 
 
@@ -93,6 +90,7 @@ def enable(trainer: Any) -> bool:
     if trainer.is_fsdp_enabled:
         _keep_outputs(state.fsdp_plugin)
         _within(trainer, "evaluation_loop", _evaluation)
+        _within(trainer, "create_optimizer", _learning)
         _within(trainer, "save_model", _saving)
     return trainer.is_fsdp_enabled
 
@@ -162,19 +160,25 @@ def _within(trainer: Any, name: str, context: Callable[..., AbstractContextManag
 def _evaluation(trainer: Any, *_: Any, **__: Any) -> Iterator[None]:
     """Around an evaluation, which may also come before training.
 
-    accelerate shards a policy only beside an optimiser: this one is never used. Afterwards the head is sharded again,
-    which accelerate leaves whole: an optimiser that is made then would learn weights that nothing reads.
+    accelerate shards a policy only beside an optimiser: this one is never used.
     """
     if not is_sharded(trainer.model):
         unused = torch.optim.SGD(trainer.model.parameters())
         trainer.model, _ = trainer.accelerator.prepare(trainer.model, unused)
         trainer.model_wrapped = trainer.model
-    try:
-        yield
-    finally:
-        for module in trainer.model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    yield
+
+
+@contextmanager
+def _learning(trainer: Any, *_: Any, **__: Any) -> Iterator[None]:
+    """Around the making of an optimiser.
+
+    After a forward without a backward pass the head is whole, and an optimiser made then would learn a copy of it.
+    """
+    for module in trainer.model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+    yield
 
 
 @contextmanager
