@@ -13,13 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds parts only of the weights: ZeRO-3, or DTensors as FSDP2 makes them."""
-    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(_is_part(parameter) for parameter in model.parameters())
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -72,5 +77,12 @@ def _alike(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Where one is sharded, what the first process sees: others may not have loaded the one that is not (FSDP2)."""
     with whole(ours) as first, whole(theirs) as second:
-        return torch.equal(first, second.to(first.device))
+        here = not first.is_meta and not second.is_meta
+        equal = here and torch.equal(first, second.to(first.device))
+        if not _is_part(ours) and not _is_part(theirs):
+            return equal
+        answer = torch.tensor(int(equal), device=second.device if _is_part(theirs) else first.device)
+    dist.broadcast(answer, src=0)
+    return bool(answer)
