@@ -264,8 +264,8 @@ def test_two_references_one_to_score_and_one_to_anchor(
 ) -> None:
     """The policy's own start anchors the reward, the strong one scores; from models and from one store of both."""
     online = train(configure(max_steps=3, ref_model=str(policy_folder), scoring_ref_model=str(reference_folder)))
-    for reference in (policy_folder, reference_folder):
-        fill(tmp_path / "store", reference, pairs_file)
+    for folder in (policy_folder, reference_folder):
+        fill(tmp_path / "store", folder, pairs_file)
     stores: dict[str, Any] = {
         "ref_model": None,
         "reference_store": str(tmp_path / "store"),
