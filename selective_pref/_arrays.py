@@ -23,6 +23,10 @@ Array: TypeAlias = Any
 
 def namespace(array: Array) -> Any:
     """The array API namespace (``xp``) that `array` belongs to."""
+    if compat.is_torch_array(array):  # `array_namespace` makes a set of modules, which torch.compile < 2.13 cannot
+        import array_api_compat.torch
+
+        return array_api_compat.torch
     return compat.array_namespace(array)
 
 
@@ -80,6 +84,15 @@ def make_pytree(owner: object, array: Array) -> None:
 def last_axis_sum(array: Array) -> Array:
     """Sum over the token axis: [B T] → [B]."""
     return namespace(array).sum(array, axis=-1)
+
+
+def running_count(mask: Array) -> Array:
+    """How many entries of its row are true, up to and with each one: [B T] bool → [B T] int32."""
+    xp = namespace(mask)
+    ones = xp.astype(mask, xp.int32)
+    if compat.is_torch_array(mask):  # the compatible `cumulative_sum` asks for the namespace again, see there
+        return ones.cumsum(-1, dtype=xp.int32)
+    return xp.cumulative_sum(ones, axis=-1, dtype=xp.int32)
 
 
 def kth_largest(array: Array, k: int) -> Array:

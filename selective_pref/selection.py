@@ -76,7 +76,7 @@ def top_fraction_weights(
         return xp.where(kept, xp.where(unordered, xp.nan, xp.ones_like(threshold)), 0.0)
     above_count = _count(above, xp)
     if ties == "first":
-        place = xp.cumulative_sum(xp.astype(kept & ~above, xp.int32), axis=-1, dtype=xp.int32)
+        place = _arrays.running_count(kept & ~above)
         kept = above | (kept & (place <= keep - above_count)) | (mask & xp.isnan(scores))
         return xp.where(kept, xp.where(unordered, xp.nan, xp.ones_like(threshold)), 0.0)
     left = xp.astype(keep - above_count, scores.dtype)
@@ -213,7 +213,7 @@ def _kth_largest(scores: Array, mask: Array, k: Array, k_in_full_row: int | None
             place == k, xp.sort(filled, axis=-1), -xp.inf
         )  # (take_along_axis would compile each width anew)
         return xp.max(here, axis=-1, keepdims=True), xp.isnan(xp.max(filled, axis=-1, keepdims=True))
-    place = xp.cumulative_sum(xp.astype(gap, xp.int32), axis=-1, dtype=xp.int32)
+    place = _arrays.running_count(gap)
     filled = xp.where(gap & (place <= k_in_full_row - k), xp.inf, xp.where(gap, -xp.inf, scores))
     return _arrays.kth_largest(filled, k_in_full_row), xp.isnan(xp.max(filled, axis=-1, keepdims=True))
 

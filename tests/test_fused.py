@@ -405,3 +405,21 @@ def test_gradient_error_is_not_above_that_of_trl() -> None:
     theirs = torch.autograd.grad(kernel.apply(*leaves[:2], None, labels, 1.0, 512, None, 1.0, ())[0], leaves, gradient)
     for true, a, b in zip(truth, ours, theirs, strict=True):
         assert (a - true).norm() <= (b - true).norm() * 1.1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiles_cover_the_vocabulary_fill_the_buffer_and_have_even_widths(device: str) -> None:
+    buffer = {"cpu": _tiles.BUFFER, "cuda": _tiles.CUDA_BUFFER}[device]
+    low, high = {"cpu": _tiles.TILE, "cuda": _tiles.CUDA_TILE}[device]
+    head = _tiles.make_head(logit_scale=1.0, softcap=None, temperature=1.0, vocab_tile=None)
+    for rows in (1, 7, 410, 1024, 1638, 4096, 100_003):
+        for vocabulary in (1, 500, 32_000, 151_937):
+            tiles = list(head.tiles(rows, vocabulary, torch.device(device)))
+            assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+            assert tiles[-1].stop == vocabulary
+            widths = {tile.stop - tile.start for tile in tiles[:-1]}
+            assert len(widths) <= 1
+            for width in widths:
+                assert width % low == 0  # a matrix product whose rows are not aligned is several times slower on a GPU
+                assert low <= width <= high
+                assert width == low or rows * width <= buffer

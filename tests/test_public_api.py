@@ -171,13 +171,12 @@ FLOORS = [
     {"references", "generation"},
     {"reference_store"},
     {"heads", "objectives", "monitoring"},
-    {"named_losses"},
     {"model_inputs", "shared_prefix"},
     {"batch"},
     {"pairs"},
     {"model_checks"},
     {"models"},
-    {"options", "files", "recipes"},
+    {"options", "files", "recipes", "sharded"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 

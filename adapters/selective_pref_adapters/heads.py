@@ -259,12 +259,12 @@ def _call_head(causal: Any, hidden: Tensor, labels: Tensor, *, statistics: bool)
     """Log-probs [B T] (and statistics) from the head, which is called as a module with its forward replaced."""
     head, options = causal.get_output_embeddings(), causal._fused_head
 
-    def fused(hidden: Tensor) -> Any:
+    def fused(hidden: Tensor) -> Any:  # no views: FSDP2 warns of them
         targets = labels.to(hidden.device)
         if not statistics:
-            return fused_per_token_logps(hidden, head.weight, targets, bias=head.bias, **options)
+            return fused_per_token_logps(hidden, head.weight, targets, bias=head.bias, **options).clone()
         logps, found = fused_logps_and_statistics(hidden, head.weight, targets, bias=head.bias, **options)
-        return logps, found.entropy, found.mean_logits, found.is_top1, found.log_sum_sq_probs
+        return logps.clone(), found.entropy, found.mean_logits, found.is_top1, found.log_sum_sq_probs
 
     with _forward_replaced(head, fused):
         return head(hidden)

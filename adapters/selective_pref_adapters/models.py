@@ -1,8 +1,7 @@
 """Models and tokenizers: loaded once, and asked what they can read.
 
 In: the folder or hub id of a causal language model, or a loaded one. Out: the model and its tokenizer, or an error that
-says what is wrong with the folder; its context length, its vocabulary, whether its weights are sharded, whether two
-models have equal weights. Every adapter and command asks here.
+says what is wrong with the folder; its context length and its vocabulary. Every adapter and command asks here.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref_adapters.options import PAPER_MAX_LENGTH
@@ -31,13 +30,16 @@ def load_tokenizer(name: str) -> Any:
     return _load("tokenizer", name, AutoTokenizer.from_pretrained, ("config.json", "tokenizer_config.json"))
 
 
-def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Module:
+def load_model(
+    name: str, *, dtype: str, attention: str | None = None, loader: Callable[..., nn.Module] | None = None
+) -> nn.Module:
     """A causal LM from a folder or hub id, with every dropout rate 0: policy and reference must differ by weights only.
 
     Args:
         name: the folder or hub id.
         dtype: of the weights, as torch names it: "float32", "bfloat16" or "float16".
         attention: attention implementation, as transformers names them ("eager", "sdpa", …); None for its choice.
+        loader: what makes the model, given its name and options; None for transformers' `from_pretrained`.
 
     Raises:
         ValueError: there is no such model; says whether the folder is absent or incomplete.
@@ -45,9 +47,15 @@ def load_model(name: str, *, dtype: str, attention: str | None = None) -> nn.Mod
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention is not None:
         options["attn_implementation"] = attention
-    model = _load("model", name, partial(AutoModelForCausalLM.from_pretrained, **options), ("config.json",))
+    loader = AutoModelForCausalLM.from_pretrained if loader is None else loader
+    model = _load("model", name, partial(loader, **options), ("config.json",))
     switch_off_dropout(model)
     return model
+
+
+def model_config(name: str) -> Any:
+    """The configuration of a model folder or hub id. Raises ValueError as `load_model` does."""
+    return _load("model", name, AutoConfig.from_pretrained, ("config.json",))
 
 
 def load_config(name: str) -> Any:
@@ -242,25 +250,3 @@ def keep_trainable_in_4_bits(model: nn.Module) -> None:
                 f"the policy's 4-bit weights ({name} for one) are packed for inference, from where no gradient comes "
                 "back: they were used in evaluation mode on this CPU. Load the model again and train it before that"
             )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has cut the weights, so that this process holds parts only."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def same_weights(policy: nn.Module, reference: nn.Module | None) -> bool:
-    """Whether the reference is, weight for weight, the policy; of sharded weights, this process's part."""
-    if reference is None:
-        return False
-    ours, theirs = _weights(policy), _weights(reference)
-    return ours.keys() == theirs.keys() and all(_equal(ours[name], theirs[name]) for name in ours)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter by name; of one that ZeRO-3 has sharded, this process's part."""
-    return {name: getattr(parameter, "ds_tensor", parameter).detach() for name, parameter in model.named_parameters()}
-
-
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))

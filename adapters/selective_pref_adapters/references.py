@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.model_checks import trained_outside_adapters
-from selective_pref_adapters.models import evaluating, is_sharded, same_weights
+from selective_pref_adapters.models import evaluating
 from selective_pref_adapters.options import SharePrefix
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.sharded import is_sharded, same_weights, whole
 
 
 class Reference(Protocol):
@@ -153,13 +154,11 @@ def ref_logps_of(batch: Batch, key: str, reference: Reference | None) -> Tensor 
 def is_initial_policy(reference: Reference | None, policy: nn.Module) -> bool:
     """Whether a reference is the policy as it is now, as far as that can be known without a batch.
 
-    Then every alignment score starts at 0, and selection below ratio 1 teaches little. Sharded weights are compared by
-    this process's part; those behind a store, and adapters, cannot be compared while they are sharded: False.
+    Then every alignment score starts at 0, and selection below ratio 1 teaches little. The answer is the same on every
+    process, and where weights are sharded every process must ask.
     """
     if isinstance(reference, RunningReference):
         return same_weights(policy, reference.model)
-    if is_sharded(policy):
-        return False
     if isinstance(reference, StoredReference):
         return reference.store.space.identity.get("weights") == model_identity(policy)["weights"]
     if isinstance(reference, AdapterOffReference):
@@ -168,8 +167,14 @@ def is_initial_policy(reference: Reference | None, policy: nn.Module) -> bool:
 
 
 def _adapters_add_nothing(reference: AdapterOffReference) -> bool:
-    """Whether switching the adapters changes no logit of a short text: true of adapters that have not learnt yet."""
+    """Whether switching the adapters changes no logit of a short text: true of adapters that have not learnt yet.
+
+    A sharded model cannot be called outside its engine: there it is whether the second factor of each LoRA is 0.
+    """
     model = reference.model
+    if is_sharded(model):
+        factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name and "_B" in name]
+        return reference.adapter is None and bool(factors) and all(_is_zero(factor) for factor in factors)
     ids = torch.arange(8, device=next(model.parameters()).device).unsqueeze(0)
 
     def logits(mode: Any) -> Tensor:
@@ -177,3 +182,8 @@ def _adapters_add_nothing(reference: AdapterOffReference) -> bool:
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
     return torch.equal(logits(nullcontext()), logits(reference.switched()))
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    with whole(parameter) as tensor:
+        return not tensor.any().item()

@@ -21,6 +21,7 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--disable-extensions",
+    "--allow-file-access-from-files",
     "--enable-logging=stderr",
     "--v=0",
     "--virtual-time-budget=60000",

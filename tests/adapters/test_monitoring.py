@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from selective_pref import Response, dpo_loss
-from selective_pref_adapters.models import same_weights
 from selective_pref_adapters.monitoring import (
     MetricWindow,
     evaluation_mean,
@@ -20,6 +19,7 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     verdict,
 )
+from selective_pref_adapters.sharded import same_weights
 
 
 def one_pair(logp: float, ref: float = -1.0) -> tuple[Response, Response]:

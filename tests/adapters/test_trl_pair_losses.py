@@ -27,8 +27,8 @@ from selective_pref import (
     token_sft_loss,
     weigh_pairs,
 )
-from selective_pref_adapters.named_losses import NamedLoss
 from selective_pref_adapters.objectives import loss_of_batch, make_objective, policy_weights
+from selective_pref_adapters.objectives.named_losses import NamedLoss
 from tiny import text_rows
 
 BETA, SMOOTHING, ALPHA = 0.5, 0.1, 0.5

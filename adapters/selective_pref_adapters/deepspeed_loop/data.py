@@ -9,8 +9,8 @@ import torch
 
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER
 from selective_pref_adapters.models import check_token_ids
-from selective_pref_adapters.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.objectives import CHOSEN_ONLY
+from selective_pref_adapters.objectives.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import (
     PreferenceRow,

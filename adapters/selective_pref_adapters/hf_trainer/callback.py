@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
@@ -103,6 +104,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             MissingRowsError: the store lacks rows of the training or evaluation set.
         """
         loss, collator = trainer.compute_loss_func, trainer.data_collator
+        fsdp.enable(trainer)
         check_trainer(trainer)
         there = [found for found in trainer.callback_handler.callbacks if isinstance(found, SelectionCallback)]
         if any(callback is not self for callback in there):
@@ -198,7 +200,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
         """Whether the reference of the scores is the initial policy; False where only the first step can tell."""
         references = self.loss.references
         reference = references.get(SCORING_REF_LOGPS) or references.get(REF_LOGPS)
-        return not self.trainer.is_fsdp_enabled and is_initial_policy(reference, self.trainer.model)
+        return is_initial_policy(reference, self.trainer.model)
 
     @property
     def _selects(self) -> bool:

@@ -18,8 +18,8 @@ from selective_pref_adapters.hf_trainer.loss import NO_REFERENCE, NO_REJECTED, S
 from selective_pref_adapters.model_checks import check_policy, check_reloadable
 from selective_pref_adapters.model_inputs import check_stored_inputs, further_inputs, inputs_of
 from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
-from selective_pref_adapters.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, as_names
+from selective_pref_adapters.objectives.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)

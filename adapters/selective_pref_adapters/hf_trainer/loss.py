@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
+from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
 from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import (
@@ -28,7 +29,6 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     own_pairs,
 )
-from selective_pref_adapters.named_losses import check_name
 from selective_pref_adapters.objectives import (
     CHOSEN_ONLY,
     check_objective,
@@ -37,6 +37,7 @@ from selective_pref_adapters.objectives import (
     needs_reference,
     unread,
 )
+from selective_pref_adapters.objectives.named_losses import check_name
 from selective_pref_adapters.options import UNREAD, LossOptions
 from selective_pref_adapters.references import AdapterOffReference, RunningReference, ref_logps_of
 
@@ -162,7 +163,7 @@ class SelectivePreferenceLoss:
                 f"data_collator=PreferenceCollator(tokenizer) to the Trainer; got labels {type(labels).__name__}"
             )
         if num_items_in_batch is None:
-            raise ValueError("the Trainer gave no number of pairs to divide the loss by: transformers >= 5 is needed")
+            raise ValueError("the Trainer gave no number of pairs to divide the loss by: transformers >= 5.2 is needed")
         logps = logps_of(outputs, labels)
         out, kept = self.preferences(logps, labels)
         if torch.is_grad_enabled():
@@ -270,6 +271,8 @@ def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> An
     casts its weights; a reference that did not would compute other log-probs from equal weights.
     """
     accelerator = trainer.accelerator
+    if trainer.is_fsdp_enabled:
+        return fsdp.shard(model, accelerator)
     if not trainer.is_deepspeed_enabled:
         return accelerator.prepare_model(model, evaluation_mode=True)
     import deepspeed

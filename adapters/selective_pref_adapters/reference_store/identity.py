@@ -1,7 +1,8 @@
 """Whose log-probs a store holds: a model, its adapters and its tokenizer → the identity that names a `Space`.
 
-In: a causal LM, whole on this process, and its tokenizer. Out: names and values that decide the log-probs it gives:
-digests of weights, adapters, configuration and vocabulary, dtype, attention implementation and the version of the code.
+In: a causal LM, whole on this process or sharded over all, and its tokenizer. Out: names and values that decide the
+log-probs it gives: digests of weights, adapters, configuration and vocabulary, dtype, attention implementation and the
+version of the code.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import Tokenizer
 from selective_pref_adapters.reference_store.shards import StoreError
 from selective_pref_adapters.reference_store.spaces import Space, digest_of_json, vocabulary_digest
+from selective_pref_adapters.sharded import whole_tensors
 
 LOGPS_VERSION = 1
 """Part of every reference's identity: raised whenever a change of this code changes the numbers it gives."""
@@ -35,13 +38,13 @@ def reference_space(model: nn.Module, tokenizer: Tokenizer, *, label: str = "ref
     found by the bare model, too.
 
     Args:
-        model: a causal LM, or a PEFT model around one with its adapters on or off as they will be while it is asked;
-            whole on this process, not sharded.
+        model: a causal LM, or a PEFT model around one with its adapters on or off as they will be while it is asked.
+            Of one that is sharded (ZeRO-3, FSDP2) every process must call this; all get the identity of the whole.
         tokenizer: the reference's own.
         label: what people call it; decides nothing.
 
     Raises:
-        StoreError: weights are not here to be digested (sharded, or on the meta device), or the model prepends
+        StoreError: weights are not here to be digested (on the meta device), or the model prepends
             virtual tokens, so that its log-probs do not belong to the row's tokens.
     """
     vocabulary = own_vocabulary(tokenizer)
@@ -62,7 +65,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     return {
         "kind": "local model",
         "scoring_version": LOGPS_VERSION,
-        "architecture": type(causal).__name__,
+        "architecture": next(kind.__name__ for kind in type(causal).__mro__ if not issubclass(kind, FSDPModule)),
         "config": digest_of_json(config),
         "weights": weights,
         "adapter": adapter,
@@ -81,7 +84,7 @@ def _digests_of_weights(model: nn.Module) -> tuple[str, str]:
         if state is not None:
             adds = True
             added.update(f"{name} {digest_of_json(state)};".encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in whole_tensors(model):
         if not isinstance(tensor, Tensor):
             continue  # what a quantised layer notes about itself
         owner, adapter = _adapter_of(name, adapted)
@@ -139,10 +142,9 @@ def _adapter_of(name: str, adapted: dict[str, Any]) -> tuple[Any, str | None]:
 
 
 def _digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    if tensor.is_meta or hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor"):
+    if tensor.is_meta:
         raise StoreError(
-            f"the weights of {name} are not here (sharded or offloaded): a reference's identity is the digest of all "
-            "its weights, so take it before the model is sharded"
+            f"the weights of {name} are not here (offloaded): a reference's identity is the digest of all its weights"
         )
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -70,6 +70,10 @@ def replicate(config: ReplicateConfig) -> int:
     Raises:
         SweepError: the folder holds runs of another scale, or a damaged file.
     """
+    if config.pairs is not None:
+        from selective_pref_adapters.replication.real.command import replicate_real  # needs the training job
+
+        return replicate_real(config)
     folder, plan = Path(config.output_dir), plan_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     console, start = Console(highlight=False), time.monotonic()

@@ -55,11 +55,7 @@ def _robust(rows: dict[str, Row]) -> list[Finding]:
             text = f"Selective-DPO with the strong reference answers {_right(strong)} right, {_named(other)}."
             found.append(Finding(text=text, holds=gap > FAR))
     if wrong := rows.get("wrong_way"):
-        text = (
-            f"Keeping the lowest scores destroys the model: {_right(wrong)} right, below the start ({_right(start)})."
-        )
-        if _gap(wrong, start) >= 0:
-            below = _gap(wrong, start) < 0
+        below = _gap(wrong, start) < 0
         text = f"Keeping the lowest scores: {_right(wrong)} right, {'' if below else 'not '}below the start "
         found.append(Finding(text=f"{text}({_right(start)}).", holds=below))
     if own := rows.get("selective_own"):

@@ -16,8 +16,12 @@ class ReplicateConfig:
     """The ten methods that tell most, at the rates that the full form found, after 1x steps alone."""
     tiny: bool = False
     """A few steps of a few methods: shows that everything runs, not what it learns."""
+    pairs: str | None = None
+    """Real pairs instead of the made-up language: a file, as `selective-pref train` reads it. Needs sft_data."""
+    sft_data: str | None = None
+    """Supervised rows on which the models for these pairs are trained first."""
     seeds: int | None = None
-    """Seeds that are tested; 5, with --quick 4, with --tiny 1. Rates are tuned on two others."""
+    """Seeds that are tested: 5, with --quick 4, with --pairs 2, with --tiny 1. Rates are tuned on two others."""
     processes: int = max(1, os.cpu_count() or 1)
     """Runs at once, one thread each."""
     strict: bool = False
@@ -30,3 +34,7 @@ class ReplicateConfig:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.quick and self.tiny:
             raise ValueError("quick and tiny are two forms: give one of them")
+        if (self.pairs is None) != (self.sft_data is None):
+            raise ValueError("pairs and sft_data go together: models learn from sft_data and are compared on pairs")
+        if self.pairs is not None and (self.quick or self.strict):
+            raise ValueError("quick and strict belong to the made-up language: leave them away beside pairs")

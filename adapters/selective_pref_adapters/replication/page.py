@@ -21,11 +21,13 @@ def results_page(
     found: Sequence[Finding],
     tables: Sequence[tuple[str, tuple[Sequence[str], Sequence[Sequence[str]]]]],
     figures: Sequence[Figure],
+    *,
+    title: str = "The paper's tables in miniature",
 ) -> SelectionPage:
     """Findings, then figures, then tables: (title, (columns, rows))."""
     return SelectionPage(
         template("replication.html").render(
-            title="The paper's tables in miniature",
+            title=title,
             findings=found,
             figures=figures,
             tables=[

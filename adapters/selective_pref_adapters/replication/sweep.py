@@ -158,8 +158,8 @@ def cells_of_tests(plan: Plan, rates: dict[str, float]) -> list[Cell]:
             seed=seed,
             run=Run(rate=rates[method], times=plan.times, swapped=variation.swapped, pairs=variation.pairs),
         )
-        for seed in plan.test_seeds
         for variation, methods in wanted
+        for seed in plan.test_seeds
         for method in methods
     ]
 
@@ -235,7 +235,9 @@ def _prepare(folder: Path, seed: int, plan: Plan) -> dict[str, dict[str, float]]
 
 
 def _run(folder: Path, cell: Cell, plan: Plan) -> dict[str, Any]:
-    return train(world_of(folder, cell.seed, plan.scale, tuple(plan.models)), METHODS[cell.method], cell.run)
+    start = read_record(given_path(folder, cell.seed))["student"]
+    del start["vetoed"]
+    return train(world_of(folder, cell.seed, plan.scale, tuple(plan.models)), METHODS[cell.method], cell.run, start)
 
 
 @lru_cache(maxsize=2)
@@ -248,10 +250,10 @@ Runner = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], str, bool], It
 
 
 @contextmanager
-def pool(processes: int) -> Iterator[Runner]:
-    """Work in processes of their own, or here where one is enough."""
+def pool(processes: int, *, apart: bool = False) -> Iterator[Runner]:
+    """Work in processes of their own, or, unless `apart`, here where one is enough."""
     executor = None
-    if processes > 1:
+    if processes > 1 or apart:
         executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread)
 
     def run(

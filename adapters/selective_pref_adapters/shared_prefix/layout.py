@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
-from selective_pref_adapters.models import is_sharded, text_config
+from selective_pref_adapters.models import text_config
+from selective_pref_adapters.sharded import is_sharded
 from selective_pref_adapters.shared_prefix.continued import continued_states
 from selective_pref_adapters.shared_prefix.exact import (
     Verdict,
@@ -123,7 +123,7 @@ def lay_out(
         by_row: the bits of a row's states are to depend on that row alone.
         compiled: whether this call is being compiled: then the body is called once.
     """
-    together = _gathers(causal) or (dist.is_initialized() and dist.get_world_size() > 1)
+    together = is_sharded(causal) or (dist.is_initialized() and dist.get_world_size() > 1)
     if together:  # every process examines the model at its first batch, whatever that holds
         prepare(causal)
     reason = _not_plain_rows(inputs)
@@ -151,18 +151,13 @@ def lay_out(
 def continues(causal: Any) -> bool:
     """Whether rows can be computed by themselves, from the continued keys and values of their prompt."""
     body = causal.base_model
-    if next(body.parameters()).device.type != "cpu" or _gathers(causal):
+    if next(body.parameters()).device.type != "cpu" or is_sharded(causal):
         return False
     if getattr(body, "_compiled_call_impl", None) is not None:
         return False
     if causal.training and any(getattr(module, "gradient_checkpointing", False) for module in causal.modules()):
         return False  # it drops a cache
     return _verdict(causal, "continued")[0] > 0
-
-
-def _gathers(causal: Any) -> bool:
-    """Whether weights are gathered for each call of a module: ZeRO-3, FSDP2."""
-    return is_sharded(causal) or any(isinstance(parameter, DTensor) for parameter in causal.parameters())
 
 
 def _continued(groups: list[Group], limit: int, device: torch.device) -> Layout:

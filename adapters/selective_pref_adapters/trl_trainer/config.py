@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 from selective_pref import Objective, Response, ScoreFunction, SelectionRatio, alignment_scores, excess_loss_scores
-from selective_pref_adapters.named_losses import check_pairs_can_be_weighted, unread_numbers
 from selective_pref_adapters.objectives import Schedule, check_objective, pair_loss, selective_objective
+from selective_pref_adapters.objectives.named_losses import check_pairs_can_be_weighted, unread_numbers
 from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions, SharePrefix
 from selective_pref_adapters.pairs import parse_columns
 

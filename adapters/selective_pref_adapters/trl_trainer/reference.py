@@ -20,11 +20,11 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from trl.trainer.utils import create_model_from_path
 
+from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import REF_LOGPS, Batch
-from selective_pref_adapters.models import is_sharded
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.fill import fill_store
 from selective_pref_adapters.reference_store.identity import reference_space
@@ -38,6 +38,7 @@ from selective_pref_adapters.references import (
     is_initial_policy,
     ref_logps_of,
 )
+from selective_pref_adapters.sharded import is_sharded
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,10 @@ class TrainerReference:
         self._fills = self.stored and (args.precompute_ref_log_probs or ref_model is not None)
         self.tokenizer = None if ref_model is None else tokenizer_of(ref_model, args)
         self.model: nn.Module | None = None
-        if ref_model is not None or (needed and not adapter and not self.stored):
+        self._fsdp = fsdp.asks_for_fsdp(args)
+        self._adapter = adapter
+        copies = not self.stored or (self._fsdp and self._fills)  # FSDP2 shards the policy only when training begins
+        if ref_model is not None or (needed and not adapter and copies):
             loaded = load_reference(ref_model, policy, args, quantization_config)
             # TRL wraps the model while it builds the trainer: what runs is known at the first batch.
             running = RunningReference(
@@ -106,14 +110,23 @@ class TrainerReference:
         """While TRL builds the trainer: gives the model to run beside the policy, and keeps TRL from loading another.
 
         TRL loads a reference of its own unless it is told that all log-probs have been computed; it then calls
-        `_precompute_ref_logps`, which the trainer overrides.
+        `_precompute_ref_logps`, which the trainer overrides. Under FSDP it loads one all the same, unless it has one.
         """
         asked = self._args.precompute_ref_log_probs
         self._args.precompute_ref_log_probs = self.stored or not self._needed
         try:
-            yield None if self.stored else self.model
+            beside = None if self.stored else self.model
+            yield _nothing() if beside is None and self._fsdp and not self._adapter else beside
         finally:
             self._args.precompute_ref_log_probs = asked
+
+    def shard(self) -> None:
+        """Once there is an accelerator: shards the model layer by layer, where FSDP2 shards the policy.
+
+        TRL would gather all of it at once. What fills a store computes in the dtype of its weights.
+        """
+        if fsdp.enable(self._trainer) and self.model is not None:
+            fsdp.shard(self.model, self._trainer.accelerator, mixed_precision=not self.stored)
 
     def check(self) -> None:
         """Raises ValueError where training would move the reference: see `AdapterOffReference.check`."""
@@ -129,6 +142,8 @@ class TrainerReference:
         """
         if not self.stored:
             self.source()
+            if self.model is None:
+                self._trainer.ref_model = None
             return False
         self._fills = self._args.precompute_ref_log_probs
         if not self._fills:
@@ -204,12 +219,12 @@ class TrainerReference:
     ) -> ReferenceStore:
         """Computes what the store lacks, each process its share."""
         trainer, args = self._trainer, self._args
-        if is_sharded(model):
+        if is_sharded(model) and trainer.is_deepspeed_enabled:
             raise ValueError(
                 "under ZeRO-3 no process holds the whole reference, so it cannot fill a store: fill it first "
                 "(selective-pref score), and give reference_store without ref_model and precompute_ref_log_probs"
             )
-        if not hasattr(model, "hf_device_map"):
+        if not hasattr(model, "hf_device_map") and not is_sharded(model):
             model.to(trainer.accelerator.device)
         if store is None:
             label = model.config._name_or_path or "reference"
@@ -225,6 +240,13 @@ class TrainerReference:
             progress=not args.disable_tqdm,
         )
         return store
+
+
+def _nothing() -> nn.Module:
+    """What TRL is given in the place of a reference that is not there."""
+    module: Any = nn.Identity()
+    module.config = PretrainedConfig()
+    return module
 
 
 def load_reference(reference: Any, policy: Any, args: SelectiveDPOConfig, quantization_config: Any) -> nn.Module:

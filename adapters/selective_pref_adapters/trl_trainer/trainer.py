@@ -168,7 +168,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         if args.picture_pairs:
             self.add_callback(SelectionPictures(self, args.picture_pairs, partial(shown_rows, self)))
         selects = selects_by_alignment(args, objective)
-        if self.accelerator.is_main_process and selects and self.reference.is_initial_policy():
+        if selects and self.reference.is_initial_policy() and self.accelerator.is_main_process:
             logger.warning("%s", SELF_REFERENCE)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -183,6 +183,11 @@ class SelectiveDPOTrainer(DPOTrainer):
         check_trainable(self.model)  # again: parameters may have been frozen, or unfrozen, since
         self.reference.check()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' hook: from here on it is known how models are sharded, and no model has been moved yet."""
+        super().create_accelerator_and_postprocess()
+        self.reference.shard()
 
     # --- data --------------------------------------------------------------------------------------------------------
 

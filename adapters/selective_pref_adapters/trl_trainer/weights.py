@@ -16,8 +16,12 @@ from torch import Tensor
 
 from selective_pref.fused import LogitStatistics
 from selective_pref_adapters.batch import PAIR_WEIGHTS, Batch, from_bits, to_bits
-from selective_pref_adapters.named_losses import check_pair_weights, check_pairs_can_be_weighted, weights_line
 from selective_pref_adapters.objectives import policy_weights
+from selective_pref_adapters.objectives.named_losses import (
+    check_pair_weights,
+    check_pairs_can_be_weighted,
+    weights_line,
+)
 from selective_pref_adapters.pairs import checked_weight
 
 logger = logging.getLogger(__name__)

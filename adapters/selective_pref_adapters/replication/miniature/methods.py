@@ -215,8 +215,9 @@ STRANGER = (
     Method(key="selective_stranger", title="Selective-DPO, teacher of another style", losses=selective("stranger")),
     Method(key="veto_stranger", title="teacher's veto, teacher of another style", losses=veto(teacher="stranger")),
 )
-METHODS = {method.key: method for method in (*RATIOS, *BETAS, *STRANGER, *BEYOND, *CONTROLS, *TABLE_1)}
-"""By their keys; a method that stands in two tables has the title of the first one."""
+_ALL = (*TABLE_1, *CONTROLS, *BEYOND, *RATIOS, *BETAS, *STRANGER)
+METHODS = {key: next(one for one in _ALL if one.key == key) for key in dict.fromkeys(one.key for one in _ALL)}
+"""By their keys; a method that stands in two tables has its title in the first one."""
 
 GIVEN = {
     "student": "SFT: the start",

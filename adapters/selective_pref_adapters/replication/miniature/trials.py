@@ -49,8 +49,12 @@ class Run:
     pairs: int | None = None
 
 
-def train(world: World, method: Method, run: Run) -> dict[str, Any]:
+def train(world: World, method: Method, run: Run, start: dict[str, float] | None = None) -> dict[str, Any]:
     """Trains the world's student and measures it.
+
+    Args:
+        world, method, run: what is run.
+        start: what `measure` says of the student, where that is known; it is the same for all runs of a world.
 
     Returns:
         {"diverged": whether a loss was not finite (the run ends there), "measured": a record for each of `run.times`,
@@ -63,7 +67,7 @@ def train(world: World, method: Method, run: Run) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=run.rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(world.seed)
     before = _held_out(world, world.model("student"))
-    measured = [{"times": 0, **measure(world, policy, before)}]
+    measured = [{"times": 0, **(start or measure(world, policy, before))}]
     for step, pairs in enumerate(order_of_pairs(count, steps[-1], world.seed), start=1):
         optimizer.param_groups[0]["lr"] = run.rate * min(1.0, step / WARM_UP)
         policy.train()

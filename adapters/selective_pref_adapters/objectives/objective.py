@@ -30,7 +30,7 @@ from selective_pref import (
     weigh_pairs,
 )
 from selective_pref_adapters.batch import Batch, responses
-from selective_pref_adapters.named_losses import NamedLoss, check_name, unread_numbers
+from selective_pref_adapters.objectives.named_losses import NamedLoss, check_name, unread_numbers
 from selective_pref_adapters.options import UNREAD, LossOptions, SelectionOptions
 
 CHOSEN_ONLY = ("sft",)

@@ -1,4 +1,4 @@
-"""DeepSpeed: processes, engines around policy and reference, the optimiser's step, the trained weights."""
+"""DeepSpeed: processes, engines around policy and reference, the optimiser's step."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import logging
 import math
 import os
 import pickle
-import shutil
 import warnings
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import get_scheduler
 
 if not torch.cuda.is_available():
@@ -28,9 +24,10 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from selective_pref_adapters.deepspeed_loop.engine.memory import give_freed_memory_back
 from selective_pref_adapters.heads import install_fused_head
-from selective_pref_adapters.monitoring import anywhere
 from selective_pref_adapters.options import TrainConfig
+from selective_pref_adapters.sharded import is_sharded
 
 
 def start_processes(config: TrainConfig) -> tuple[int, int]:
@@ -41,6 +38,8 @@ def start_processes(config: TrainConfig) -> tuple[int, int]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():  # else DeepSpeed would look for MPI
         os.environ.setdefault(name, value)
+    if config.zero_stage == 3:
+        give_freed_memory_back()
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at every start
     deepspeed.init_distributed(
@@ -60,15 +59,16 @@ def leave_processes() -> None:
 def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_step: int) -> tuple[Any, Any]:
     """(engine around the policy, learning-rate scheduler)."""
     if config.fused_head:
-        install_fused_head(policy, share_prefix=config.share_prefix)
+        install_fused_head(policy, at_first_call=is_sharded(policy), share_prefix=config.share_prefix)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     wrapped = config.zero_stage > 0 or config.dtype != "float32"  # DeepSpeed's optimizer around ours clips and skips
+    learns = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = (
-        torch.optim.AdamW(policy.parameters(), **options)
+        torch.optim.AdamW(learns, **options)
         if wrapped
-        else FiniteAdamW(policy.parameters(), max_grad_norm=config.max_grad_norm, **options)
+        else FiniteAdamW(learns, max_grad_norm=config.max_grad_norm, **options)
     )
     scheduler = get_scheduler(
         config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
@@ -81,7 +81,7 @@ def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_s
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config={
-            **_shared_settings(config),
+            **shared_settings(config),
             "gradient_accumulation_steps": per_step // (config.batch_size * dist.get_world_size()),
             "gradient_clipping": config.max_grad_norm if wrapped else 0.0,
             # AdamW of torch: DeepSpeed's own would be compiled at the first start.
@@ -94,7 +94,7 @@ def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_s
 
 def start_frozen_engine(config: TrainConfig, reference: torch.nn.Module, _: torch.device) -> Any:
     """An engine around a frozen model, on this process's device; sharded beside the policy under ZeRO-3."""
-    settings = _shared_settings(config)
+    settings = shared_settings(config)
     settings["zero_optimization"].pop("offload_optimizer", None)
     if config.zero_stage < 3:
         settings["zero_optimization"] = {"stage": 0}  # nothing to shard without an optimiser
@@ -102,9 +102,11 @@ def start_frozen_engine(config: TrainConfig, reference: torch.nn.Module, _: torc
     return engine
 
 
-def _shared_settings(config: TrainConfig) -> dict[str, Any]:
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """What DeepSpeed is told about policy and references alike."""
     settings = further_settings(config)
-    zero: dict[str, Any] = {**settings.get("zero_optimization", {}), "stage": config.zero_stage}
+    zero: dict[str, Any] = {**_BUCKETS[config.zero_stage], **settings.get("zero_optimization", {})}
+    zero["stage"] = config.zero_stage
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:
@@ -116,6 +118,12 @@ def _shared_settings(config: TrainConfig) -> dict[str, Any]:
         "bf16": {"enabled": config.dtype == "bfloat16"},
     }
 
+
+_NUMBERS = 20_000_000
+_ZERO_3 = {"reduce_bucket_size": _NUMBERS, "stage3_prefetch_bucket_size": _NUMBERS, "sub_group_size": _NUMBERS}
+_BUCKETS: dict[int, dict[str, int]] = {0: {}, 1: {}, 2: {}, 3: _ZERO_3}
+"""How many numbers ZeRO-3 handles at a time; DeepSpeed's own 500 million gradients, and a billion in the optimiser,
+take more memory than a small model."""
 
 DECIDED_BY_FLAGS = {
     "train_batch_size": "global_batch_size",
@@ -214,44 +222,3 @@ def load_engine(engine: Any, folder: Path, tag: str) -> bool:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{folder} holds more than tensors and plain values, and is not loaded: {error}") from error
     return found is not None
-
-
-def gathered_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The whole weights on the first process, in the host's memory; sharded ones are gathered one after another."""
-    first = dist.get_rank() == 0
-    names = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
-    weights = {name: t.cpu() for name, t in engine.module.state_dict().items() if name not in names} if first else {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-            if first:
-                weights[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return weights
-
-
-def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Weights, configuration and tokenizer into `output_dir`: written aside first, so that no half is ever there.
-
-    Raises:
-        OSError: on every process, where the first one could not write. If transformers refused to save the model for
-            another reason than the disk, its weights are in `rescued.safetensors`, by the names of its parameters.
-    """
-    weights = gathered_weights(engine)
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        aside = output_dir / ".saving"
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
-        try:
-            engine.module.save_pretrained(aside, state_dict=dict(weights))
-            tokenizer.save_pretrained(aside)
-            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
-                file.replace(output_dir / file.name)
-            shutil.rmtree(aside)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            failure = error
-        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            save_file(weights, output_dir / "rescued.safetensors", metadata={"format": "pt"})
-            failure = ValueError(f"{' '.join(str(error).split())} Its weights are in rescued.safetensors there")
-    if anywhere(failure is not None, engine.device):
-        raise OSError(f"the trained model could not be written to {output_dir}: {failure or 'see the first process'}")

@@ -1,0 +1,100 @@
+"""Model folders → models in this process, or this process's part of them (ZeRO-3).
+
+In: the folder or hub id of a causal LM. Out: the model. Under ZeRO-3 each parameter is cut when it is made, and filled
+from the safetensors files one tensor after another: a process holds its part, the largest layer, and what it has read
+of one file. What cannot be loaded so is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import GenerationConfig
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from selective_pref_adapters.deepspeed_loop.engine.checkpoint import Checkpoint
+from selective_pref_adapters.deepspeed_loop.engine.engine import shared_settings
+from selective_pref_adapters.deepspeed_loop.engine.memory import room_for_weights
+from selective_pref_adapters.models import load_model, model_config
+from selective_pref_adapters.monitoring import anywhere
+from selective_pref_adapters.options import TrainConfig
+
+
+def load(config: TrainConfig, name: str) -> nn.Module:
+    """The model of a folder or hub id, whole; under ZeRO-3 this process's part of it, and every process must call it.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded so; on every process.
+    """
+    if config.zero_stage < 3:
+        return load_model(name, dtype=config.dtype)
+    return load_model(name, dtype=config.dtype, loader=partial(_from_parts, config))
+
+
+@contextmanager
+def born_sharded(config: TrainConfig) -> Iterator[None]:
+    """Inside, transformers and PEFT know of ZeRO-3: models are cut while they are made."""
+    settings = HfDeepSpeedConfig(shared_settings(config))  # transformers keeps a weak reference, so it must live on
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del settings
+
+
+def _from_parts(config: TrainConfig, name: str, *, dtype: torch.dtype) -> nn.Module:
+    checkpoint = Checkpoint.open(name)
+    kind, settings = checkpoint.shell()
+    tensors = checkpoint.tensors(values=dist.get_rank() == 0)
+    failure, model = None, None
+    try:
+        with born_sharded(config):
+            model = kind.from_pretrained(None, config=settings, state_dict=tensors, dtype=dtype)
+    except (RuntimeError, ValueError, OSError) as error:  # of the first process, which alone reads values
+        failure = error
+    if anywhere(failure is not None, torch.device(deepspeed.get_accelerator().current_device_name())) or model is None:
+        raise ValueError(f"{failure or 'see the message of the first process'}")
+    model.name_or_path = model.config._name_or_path = name
+    with suppress(OSError):  # none is there: what transformers made of the configuration stays
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
+
+
+def check_models(config: TrainConfig, names: Mapping[str, str | None]) -> None:
+    """What can be known of models before any is loaded: that they are there, can be loaded, and have room.
+
+    Args:
+        config: of the run.
+        names: what it is, for the message → folder or hub id; None for what is not used.
+
+    Raises:
+        ValueError: on every process.
+    """
+    item = getattr(torch, config.dtype).itemsize
+    sizes: dict[str, int] = {}
+    for what, name in names.items():
+        if name is None:
+            continue
+        if config.zero_stage == 3:
+            checkpoint = Checkpoint.open(name)
+            checkpoint.shell()
+            sizes[f"{what} {name}"] = checkpoint.numbers * item
+        else:
+            model_config(name)
+    room, where = room_for_weights(config)
+    needed = sum(sizes.values()) / dist.get_world_size()
+    if needed > room:
+        listed = ", ".join(f"{size / 1e9:.4g} GB for {what}" for what, size in sizes.items())
+        raise ValueError(
+            f"the weights alone are larger than all memory together: {listed} in {config.dtype}, over "
+            f"{dist.get_world_size()} processes with {room / 1e9:.4g} GB each {where}. Use more processes on other "
+            "machines, dtype bfloat16, offload_parameters, or a reference_store instead of a reference model (it can "
+            "be filled elsewhere, or from a server: selective-pref score)"
+        )

@@ -1,0 +1,126 @@
+"""Peak memory of the training job under ZeRO-3: policy and reference, several processes, one step and the export.
+
+    python tests/benchmarks/bench_sharded_loading.py [--processes 2] [--layers 8]
+
+Llamas of about 420 MiB in float32 with random weights are made on the spot. What tiny models take in the same job is
+subtracted, and the rest is given in multiples of a model's size, for the process that takes the most. Two readings:
+
+resident    the largest resident set (`ru_maxrss`), with the pages of mapped files, which others share and the system
+            takes back when it needs them
+private     the largest amount of anonymous memory (`RssAnon`, read every 5 ms), which nothing but this process can free
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "adapters"))
+MIB = 2**20
+
+
+def prepare(folder: Path, layers: int) -> float:
+    """Models and pairs; the size of a large model in MiB."""
+    from tiny import WORDS, make_model, write_jsonl
+
+    words = [f"w{number}" for number in range(4090)]
+    large = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "initializer_range": 0.02}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    for seed, name in enumerate(("policy", "reference")):
+        make_model(folder / "large" / name, seed, words, **large, **heads)
+        make_model(folder / "tiny" / name, seed, words)
+    pick = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(pick.choices(WORDS, k=count))
+
+    rows = [{"prompt": text(4) + " ", "chosen": text(8), "rejected": text(8)} for _ in range(8)]
+    write_jsonl(folder / "pairs.jsonl", rows)
+    return (folder / "large" / "policy" / "model.safetensors").stat().st_size / MIB
+
+
+def job(folder: str, models: str, options: list[str]) -> None:
+    """What each process runs."""
+    import resource
+
+    from selective_pref_adapters.cli import main
+
+    models_of = Path(folder) / models
+    flags = ["--model", f"{models_of / 'policy'}", "--ref-model", f"{models_of / 'reference'}"]
+    flags += ["--pairs", f"{folder}/pairs.jsonl", "--output-dir", f"{folder}/run-{models}"]
+    flags += ["--eval-fraction", "0", "--max-steps", "1", "--batch-size", "1", "--zero-stage", "3", *options]
+    status = main(["train", *flags])
+    if status:
+        sys.exit(status)
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}", flush=True)
+
+
+def peaks(folder: Path, models: str, processes: int, options: list[str]) -> tuple[float, float]:
+    """(resident, private) MiB of the process that took the most of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, __file__, "--job", str(folder), models, *options]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=(folder / f"errors-{rank}").open("w"),
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    private = 0.0
+    while any(process.poll() is None for process in started):
+        for process in started:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                continue
+            found = re.search(r"RssAnon:\s+(\d+)", status)
+            private = max(private, int(found[1]) / 1024 if found else 0.0)
+        time.sleep(0.005)
+    resident = 0.0
+    for rank, process in enumerate(started):
+        printed = process.stdout.read() if process.stdout else ""
+        found = re.search(r"^peak ([\d.]+)", printed, re.MULTILINE)
+        if not found:
+            raise SystemExit((folder / f"errors-{rank}").read_text()[-3000:])
+        resident = max(resident, float(found[1]))
+    return resident, private
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    options, further = parser.parse_known_args()
+    if options.job:
+        return job(*options.job[:2], [*options.job[2:], *further])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = prepare(folder, options.layers)
+        tiny = peaks(folder, "tiny", options.processes, further)
+        large = peaks(folder, "large", options.processes, further)
+        print(
+            f"{options.processes} processes, policy and reference of {size:.0f} MiB each, ZeRO-3, float32, one step\n"
+        )
+        print("\n| memory of the largest process | tiny models, MiB | these, MiB | less tiny, in models |")
+        print("|---|---|---|---|")
+        for what, small, big in zip(("resident", "private"), tiny, large, strict=True):
+            print(f"| {what} | {small:.0f} | {big:.0f} | {(big - small) / size:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
