@@ -138,8 +138,6 @@ def test_the_hugging_face_trainer_takes_it(
     )
     running = both(logps, PreferenceCollator(tokenizer)(pairs[:4])["labels"], 4)
     assert float(running) == pytest.approx(expected, rel=1e-4)
-        expected, rel=1e-4
-    )
 
 
 @pytest.mark.parametrize("teacher_runs", [True, False])
