@@ -52,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, refere
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> Seen:
     """{process: {run: what it saw}}"""
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("plain-0", "alone-0", "two-0", "two-1")}
+    return {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("plain-0", "alone-0", "two-0", "two-1")
+    }
 
 
 def losses(run: dict[str, Any], name: str = "loss") -> list[float]:
@@ -108,7 +110,7 @@ def test_both_models_are_sharded_layer_by_layer(seen: Seen, folder: Path) -> Non
 
 @pytest.mark.slow
 def test_log_probs_stay_in_float32_under_bf16(seen: Seen) -> None:
-    """accelerate's precision for FSDP2 would round what leaves the model to bf16, and other tokens would be selected."""
+    """accelerate's precision for FSDP2 would round them to bf16, and other tokens would be selected."""
     exact, ours = losses(seen["plain-0"]["trl"]), losses(seen["two-0"]["trl bf16"])
     assert ours == pytest.approx(exact, rel=2e-3)
 
@@ -164,7 +166,7 @@ def asked(**changed: Any) -> Any:
 def test_what_fsdp2_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fsdp.asks_for_fsdp(asked())
     assert not fsdp.asks_for_fsdp(asked(fsdp_plugin_args=None))
-    with pytest.raises(ValueError, match="FSDP1 is not supported.*fsdp_version: 2"):
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported.*fsdp_version: 2"):
         fsdp.asks_for_fsdp(asked(fsdp_plugin_args={"fsdp_version": 1}))
     with pytest.raises(ValueError, match="torchrun --nproc_per_node"):
         fsdp.asks_for_fsdp(asked(parallel_mode=ParallelMode.NOT_DISTRIBUTED))
