@@ -115,13 +115,13 @@ class TrainInputs:
     ref_model: str | None = None
     """Reference, run beside the policy: a folder or hub id of a model with the same tokenizer."""
     reference_store: str | None = None
-    """Instead of ref_model: a folder of stored log-probs; no reference is loaded then."""
+    """A folder of stored log-probs, read instead of running a reference; with ref_model, which fills it first."""
     reference_space: str | None = None
     """Which reference's log-probs to read, where reference_store holds those of several."""
     scoring_ref_model: str | None = None
     """A second reference, from which scores are made, while the first anchors the reward."""
     scoring_reference_store: str | None = None
-    """Likewise, from a store."""
+    """Likewise, from a store; with scoring_ref_model, which fills it first."""
     scoring_reference_space: str | None = None
     """Which one of scoring_reference_store."""
     output_dir: str = "runs/train"
@@ -146,6 +146,15 @@ class TrainConfig(LossOptions, TrainInputs):
     """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
     """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
+    lora_r: int | None = None
+    """Train LoRA adapters of this rank in place of all weights. Without ref_model and reference_store the policy with
+    its adapters switched off is the reference."""
+    lora_alpha: float | None = None
+    """What LoRA multiplies its update by, times lora_r; default: twice lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the layers that get an adapter, as q_proj v_proj; default: every linear layer but the head."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -206,6 +215,18 @@ class TrainConfig(LossOptions, TrainInputs):
     """A JSON file of further DeepSpeed settings, such as bucket sizes; what the flags here decide is refused."""
     process_timeout_minutes: float = 30.0
     """How long processes wait for one another before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        """As `LossOptions`; and a list of modules becomes a tuple."""
+        super().__post_init__()
+        if self.lora_target_modules is not None:
+            names = self.lora_target_modules
+            self.lora_target_modules = (names,) if isinstance(names, str) else tuple(names)
+
+    @property
+    def reference_is_start(self) -> bool:
+        """Whether the policy with its adapters switched off is the reference."""
+        return self.lora_r is not None and self.ref_model is None and self.reference_store is None
 
 
 _SELECTION = ("selection_ratio", "selection_pool", "selection_ties", "min_score")

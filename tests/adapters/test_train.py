@@ -23,7 +23,7 @@ from ranks import step_engine_of_the_loop, stop_at
 from selective_pref import NonFiniteError, selective_dpo_loss
 from selective_pref_adapters import references
 from selective_pref_adapters.batch import responses
-from selective_pref_adapters.deepspeed_loop import loop, train
+from selective_pref_adapters.deepspeed_loop import loop, reference, train
 from selective_pref_adapters.deepspeed_loop.engine import start_processes
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog
 from selective_pref_adapters.deepspeed_loop.sampling import make_order, number_of_steps, pairs_per_step, share_of
@@ -237,7 +237,7 @@ def test_a_store_gives_the_run_of_the_reference_and_the_teacher_never_runs(
         raise AssertionError("a reference ran")
 
     monkeypatch.setattr(references, "frozen_per_token_logps", never)
-    monkeypatch.setattr(loop, "start_frozen_engine", never)
+    monkeypatch.setattr(reference, "start_frozen_engine", never)
     stored: dict[str, Any] = {"ref_model": None, "reference_store": str(tmp_path / "store"), "epochs": 2}
     for number, options in enumerate(runs):
         config = configure(output_dir=str(tmp_path / f"stored{number}"), resume="auto", **stored, **options)
@@ -744,7 +744,7 @@ def test_nan_in_a_model_stops_the_run_and_saves_nothing(configure: Configure, tm
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"max_length": 65}, r"longer than the policy can read \(64 tokens\)"),
         ({"batch_size": 1000}, "too few pairs"),
-        ({"reference_store": "store"}, "as a model or as a store of its log-probs, not both"),
+        ({"reference_store": "store", "reference_space": "s"}, "fills its own space of reference_store"),
         ({"reference_space": "s"}, "says which part of reference_store to read"),
         ({"objective": "simpo", "ref_model": None, "reference_store": "s"}, "reads no reference"),
         ({"objective": "dpo", "scoring_ref_model": "s"}, "'dpo' scores no tokens"),

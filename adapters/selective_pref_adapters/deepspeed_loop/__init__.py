@@ -4,7 +4,8 @@ loop          rows in, trained model out: the run, the training step, the evalua
 checks        options, hardware, folder, disk and policy, before the first step
 data          rows → token ids of training and evaluation pairs
 sampling      which pairs make a step, as a pure function of its number
-engine        DeepSpeed: processes, engines, the optimiser's step, the saved model
+engine        DeepSpeed: models from disk, processes, engines, the optimiser's step, the saved model
+reference     models beside the policy, stores of log-probs, stores filled by models
 state         progress, metrics since the last line of the log, random states
 not_finite    batches and gradients that are not finite: stop, or leave out on all processes
 checkpoints   checkpoint folders, complete or not there at all

@@ -34,15 +34,13 @@ def check_config(config: TrainConfig) -> None:
     reads_reference = needs_reference(configured_objective(config))
     reference = [config.ref_model is not None, config.reference_store is not None]
     scoring_reference = [config.scoring_ref_model is not None, config.scoring_reference_store is not None]
-    if reads_reference and not any(reference):
+    if reads_reference and not any(reference) and config.lora_r is None:
         raise ValueError(
             f"objective {config.objective!r} compares the policy with a reference: give ref_model (the stronger the "
             "better; the policy's own start is legal but teaches little below ratio 1) or a reference_store"
         )
     if not reads_reference and any(reference):
         raise ValueError(f"objective {config.objective!r} reads no reference: leave ref_model and reference_store out")
-    if all(reference) or all(scoring_reference):
-        raise ValueError("give a reference as a model or as a store of its log-probs, not both")
     if any(scoring_reference) and config.objective != "selective_dpo":
         raise ValueError(f"objective {config.objective!r} scores no tokens: leave the scoring reference out")
     for space, store in (
@@ -51,6 +49,9 @@ def check_config(config: TrainConfig) -> None:
     ):
         if getattr(config, space) is not None and getattr(config, store) is None:
             raise ValueError(f"{space} says which part of {store} to read: give {store}")
+        model = "scoring_ref_model" if store.startswith("scoring") else "ref_model"
+        if getattr(config, space) is not None and getattr(config, model) is not None:
+            raise ValueError(f"{model} fills its own space of {store}, so leave {space} out (or {model}, to only read)")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in unread(config.objective, config.loss_type, config.f_divergence_type):
         if getattr(config, name) != defaults[name]:
@@ -66,6 +67,7 @@ def check_config(config: TrainConfig) -> None:
     for name in ("warmup_steps", "weight_decay", "picture_pairs"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 0; got {getattr(config, name)}")
+    check_lora(config)
     if config.offload_optimizer and config.zero_stage < 1:
         raise ValueError("offload_optimizer needs zero_stage 1 or above: nothing is sharded or moved at stage 0")
     if config.offload_parameters and config.zero_stage < 3:
@@ -75,6 +77,23 @@ def check_config(config: TrainConfig) -> None:
     further_settings(config)
     pairs_per_step(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_hardware(config)
+
+
+def check_lora(config: TrainConfig) -> None:
+    """Raises ValueError at options of LoRA that make no sense, or where PEFT is not installed."""
+    if config.lora_r is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(config, name):
+                raise ValueError(f"{name} is read with lora_r only: give lora_r, or leave {name} out")
+        return
+    if config.lora_r < 1:
+        raise ValueError(f"lora_r must be at least 1; got {config.lora_r}")
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1); got {config.lora_dropout}")
+    if config.lora_alpha is not None and not 0 < config.lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha must be above 0; got {config.lora_alpha}")
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_r needs PEFT, which is not installed: pip install peft")
 
 
 def check_hardware(config: TrainConfig) -> None:
@@ -142,12 +161,15 @@ def image_note(config: TrainConfig) -> list[str]:
 def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: TrainConfig) -> None:
     """Raises OSError where the disk has no room for what the run is going to write at least.
 
-    That is the model, and as many checkpoints as are there at one time: those that are kept, and the next one while it
-    is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16 the float32 weights.
+    That is the model (of LoRA the adapters), and as many checkpoints as are there at one time: those that are kept,
+    and the next one while it is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16 the float32 weights.
     """
-    numbers = sum(whole_shape(parameter).numel() for parameter in policy.parameters())
-    weights = sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in policy.parameters())
-    checkpoint = weights + 4 * numbers * (2 if config.dtype == "float32" else 3)
+    learns = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    numbers = sum(whole_shape(parameter).numel() for parameter in learns)
+    weights = sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in learns)
+    frozen = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    beside = sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in frozen)
+    checkpoint = weights + beside + 4 * numbers * (2 if config.dtype == "float32" else 3)
     written = 0 if config.save_steps is None else min(steps // config.save_steps, config.keep_checkpoints + 1)
     needed = weights + written * checkpoint
     free = shutil.disk_usage(existing(folder)).free

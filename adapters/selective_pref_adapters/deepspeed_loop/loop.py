@@ -37,12 +37,13 @@ from selective_pref_adapters.deepspeed_loop.engine import (
     load,
     save_model,
     start_engine,
-    start_frozen_engine,
     start_processes,
     step_engine,
+    with_adapters,
 )
 from selective_pref_adapters.deepspeed_loop.not_finite import check_gradient, leave_out, loss_without_gradient
 from selective_pref_adapters.deepspeed_loop.pictures import Pictures
+from selective_pref_adapters.deepspeed_loop.reference import fill_stores, open_references, own_start_note
 from selective_pref_adapters.deepspeed_loop.resume import (
     StopRequest,
     check_same_run,
@@ -76,17 +77,15 @@ from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.model_checks import check_padding, check_policy
 from selective_pref_adapters.models import load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
-    SELF_REFERENCE,
     anywhere,
     finite_everywhere,
     mean_over_pairs,
     non_finite_error,
 )
-from selective_pref_adapters.objectives import CHOSEN_ONLY, loss_of_batch, selects
+from selective_pref_adapters.objectives import CHOSEN_ONLY, loss_of_batch, needs_reference
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, collate, pair_weights
-from selective_pref_adapters.reference_store import ReferenceStore
-from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
+from selective_pref_adapters.pairs import TokenizedPair, collate, pair_weights
+from selective_pref_adapters.references import AdapterOffReference, Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +133,20 @@ def train(config: TrainConfig) -> TrainResult:
     named = {"policy": config.model, "reference": config.ref_model, "scoring reference": config.scoring_ref_model}
     check_models(config, named)
     policy = load(config, config.model)
-    reference = open_reference(config, tokenizer, config.ref_model, config.reference_store, config.reference_space)
-    scoring_reference = open_reference(
-        config, tokenizer, config.scoring_ref_model, config.scoring_reference_store, config.scoring_reference_space
-    )
-    sources = {"reference": reference, "scoring reference": scoring_reference}
-    models = {"policy": policy, **{n: r.model for n, r in sources.items() if isinstance(r, RunningReference)}}
-    stores = {name: r.store for name, r in sources.items() if isinstance(r, StoredReference)}
-    notes = check_policy(policy, tokenizer)
+    opened = open_references(config, tokenizer)
+    notes = own_start_note(config, opened, policy)
+    policy = with_adapters(config, policy)
+    if config.reference_is_start and needs_reference(configured_objective(config)):
+        opened["reference"].reference = AdapterOffReference(policy)
+    sources = {name: one.reference for name, one in opened.items()}
+    models = {"policy": policy, **{name: one.model for name, one in opened.items() if one.model is not None}}
+    stores = [one.store for one in opened.values() if one.store is not None and one.model is None]
+    notes += check_policy(policy, tokenizer)
     check_padding(tokenizer, models)
     max_length = usable_length(config.max_length, models)
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
-    check_pairs([*train_pairs, *eval_pairs], models, stores.values())
+    check_pairs([*train_pairs, *eval_pairs], models, stores)
     notes += about_pairs
-    if config.objective == "selective_dpo" and selects(config.selection_ratio, config.min_score):
-        notes += [SELF_REFERENCE] if is_initial_policy(scoring_reference or reference, policy) else []
     per_step = pairs_per_step(config, world_size)
     steps = number_of_steps(config, len(train_pairs), per_step)
     check_space(output_dir, policy, steps, config)
@@ -161,14 +159,18 @@ def train(config: TrainConfig) -> TrainResult:
         console.print(f"this run is finished, so nothing was done: {output_dir}", soft_wrap=True)
         return finished
 
+    fill_stores(config, tokenizer, opened, [*train_pairs, *eval_pairs], progress=rank == 0)
     engine, scheduler = start_engine(config, policy, steps, per_step)
+    for source in sources.values():
+        if isinstance(source, AdapterOffReference):
+            source.policy = lambda: engine
     run = Run(
         config=config,
         engine=engine,
         scheduler=scheduler,
         objective=configured_objective(config),
-        reference=reference,
-        scoring_reference=scoring_reference,
+        reference=sources["reference"],
+        scoring_reference=sources["scoring reference"],
         pad_token_id=pad_token_id(tokenizer),
         rank=rank,
         world_size=world_size,
@@ -262,8 +264,9 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
         count: how many of the pairs, the first ones, are read by the loss; None or 0 for all.
     """
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
-    logps = [model_per_token_logps(run.engine, batch)]
-    logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
+    references = (run.reference, run.scoring_reference)
+    found = [None if reference is None else reference(batch) for reference in references]  # before the policy's graph
+    logps = [model_per_token_logps(run.engine, batch), *found]
     counted = None if count is None else torch.arange(len(pairs)) < count
     weights = pair_weights(pairs)
     weights = None if weights is None else weights.to(run.engine.device)
@@ -297,26 +300,3 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
     log.write(run.progress.step, epoch, metrics)
     run.pictures.draw(read, log, run.progress.step)
     return metrics
-
-
-def open_reference(
-    config: TrainConfig, tokenizer: Any, model: str | None, store: str | None, space: str | None
-) -> Reference | None:
-    """A reference as the configuration names it: a model, a store of its log-probs, or None. Tokenizers must agree.
-
-    A model is put into a DeepSpeed engine at the first batch: by then the policy has been put into its own.
-    """
-    if store is not None:
-        opened = ReferenceStore.open(store, space)
-        opened.check_tokenizer(tokenizer)
-        return StoredReference(opened)
-    if model is None:
-        return None
-    loaded = load(config, model)
-    check_same_tokenizer(tokenizer, load_tokenizer(model))
-    return RunningReference(
-        loaded,
-        fused_head=config.fused_head,
-        share_prefix=config.share_prefix,
-        start=partial(start_frozen_engine, config),
-    )

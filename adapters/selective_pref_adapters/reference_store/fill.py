@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,9 @@ from tqdm.auto import tqdm
 from selective_pref import NonFiniteError
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.identity import model_identity
-from selective_pref_adapters.reference_store.in_step import OutOfStepError
-from selective_pref_adapters.reference_store.local import BATCH_TOKENS, local_logps
+from selective_pref_adapters.reference_store.local import BATCH_TOKENS, check_readable, local_logps, most_of_all
 from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, different_rows, rows_of_pairs
-from selective_pref_adapters.reference_store.shards import StoreError
+from selective_pref_adapters.reference_store.shards import StoreError, StoreWriteError
 from selective_pref_adapters.reference_store.store import ReferenceStore
 from selective_pref_adapters.reference_store.writer import FLUSH_SECONDS
 from selective_pref_adapters.sharded import is_sharded
@@ -82,6 +82,7 @@ def fill_store(
     pad_token_id: int,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    engine: Callable[[], Any] | None = None,
 ) -> FillReport:
     """Computes the log-probs of those rows of `pairs` that the store lacks, and stores them; the others cost nothing.
 
@@ -92,8 +93,8 @@ def fill_store(
     `objectives.without_rounding` makes ties of such differences.
 
     With an initialised process group every process must call this with the same pairs; each computes its share, and all
-    of them wait for the last and find all rows. The model may be sharded over them (FSDP2, ZeRO-3): then every process
-    takes part in every forward.
+    of them wait for the last and find all rows. A model may be sharded over them (ZeRO-3, FSDP2): all processes then
+    call it equally often, and end together where one of them cannot go on.
 
     Args:
         store: of this model: `ReferenceStore.create(path, reference_space(model, tokenizer))`.
@@ -102,6 +103,7 @@ def fill_store(
         pad_token_id: what fills the ends of shorter rows.
         batch_tokens: token positions of one batch on a GPU, padding included.
         progress: show a bar with an estimate of the time left.
+        engine: gives what is called in place of the model, where an engine wraps it; asked only if rows are lacking.
 
     Raises:
         StoreError: the model is not the one that the store's space names, or cannot read a row.
@@ -109,11 +111,16 @@ def fill_store(
         StoreWriteError: a shard could not be written. What was written before is stored.
     """
 
+    wanted, together = rows_of_pairs(pairs), is_sharded(model)
+
     def logps(rows: Sequence[Row]) -> Iterator[RowLogps]:
         _check_identity(store, model)
-        yield from local_logps(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
+        if together:  # the same error on every process, whoever's row it is
+            check_readable(wanted, model)
+        running = None if engine is None else engine()
+        yield from local_logps(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens, running=running)
 
-    return fill_rows(store, rows_of_pairs(pairs), logps, together=is_sharded(model), progress=progress)
+    return fill_rows(store, wanted, logps, progress=progress, together=together)
 
 
 def fill_rows(
@@ -121,9 +128,9 @@ def fill_rows(
     rows: Iterable[Row],
     source: LogpSource,
     *,
-    together: bool = False,
     flush_seconds: float = FLUSH_SECONDS,
     progress: bool = True,
+    together: bool = False,
 ) -> FillReport:
     """Asks `source` for the rows that the store lacks, and stores what it gives: `fill_store` for any reference.
 
@@ -131,9 +138,10 @@ def fill_rows(
         store: where to.
         rows: what is wanted; the same on every process.
         source: the reference.
-        together: whether every process has to ask it where one does: a model sharded over them.
         flush_seconds: what was computed is written at least this often.
         progress: show a bar with an estimate of the time left.
+        together: every process has to ask `source` if one of them lacks rows, and it yields equally often on all of
+            them (nothing where it has no rows); else each process asks for itself.
 
     Raises:
         StoreError: another process failed, or does not share the folder; and whatever the source raises. What was
@@ -146,7 +154,6 @@ def fill_rows(
     ordered = sorted(different_rows(rows).values(), key=lambda row: (-len(row.ids), row.key))
     share = ordered[rank::world]
     lacking = store.missing_rows(share)
-    calls, failure = 0, None
     bar = tqdm(
         total=sum(len(row.ids) for row in lacking),
         desc="log-probs" if world == 1 else f"log-probs, process 1 of {world}",
@@ -154,20 +161,11 @@ def fill_rows(
         unit_scale=True,
         disable=not progress or rank > 0 or not lacking,
     )
-    try:
-        if lacking or (together and any(_sums([len(lacking)]))):
-            answers = source(lacking)
-            with bar, store.writer(flush_seconds=flush_seconds) as writer, _closed_afterwards(answers):
-                for computed in answers:
-                    for row, values in computed:
-                        check_finite(row, values)
-                        writer.add(row, values)
-                    calls += 1
-                    bar.update(sum(len(row.ids) for row, _ in computed))
-    except Exception as error:
-        if world == 1 or isinstance(error, OutOfStepError):
-            raise
-        failure = error  # raised below, when the other processes know
+    calls, failure = 0, None
+    if lacking or (together and most_of_all(len(lacking))):
+        calls, failure = _store_what_it_gives(store, lacking, source, flush_seconds, bar, together)
+    if failure is not None and world == 1:
+        raise failure
     tokens = sum(len(row.ids) for row in lacking)
     totals = _sums([len(share) - len(lacking), len(lacking), calls, tokens, failure is not None])
     if failure is not None:
@@ -191,6 +189,39 @@ def fill_rows(
         tokens=totals[3],
         seconds=time.monotonic() - started,
     )
+
+
+def _store_what_it_gives(
+    store: ReferenceStore, lacking: Sequence[Row], source: LogpSource, flush_seconds: float, bar: Any, together: bool
+) -> tuple[int, Exception | None]:
+    """(calls of the source that gave rows, what went wrong); what was computed before an error is stored."""
+    calls, failure = 0, None
+    try:
+        with bar, ExitStack() as opened:
+            writer = None
+            try:
+                writer = opened.enter_context(store.writer(flush_seconds=flush_seconds))
+            except StoreError as error:
+                failure = error
+            stopped = most_of_all(failure is not None) if together else failure is not None
+            if writer is None or stopped:
+                return calls, failure
+            for computed in source(lacking):
+                try:
+                    for row, values in computed:
+                        check_finite(row, values)
+                        writer.add(row, values)
+                    calls += bool(computed)
+                    bar.update(sum(len(row.ids) for row, _ in computed))
+                except Exception as error:
+                    failure = error
+                if most_of_all(failure is not None) if together else failure is not None:
+                    break
+    except Exception as error:
+        if together and not isinstance(error, StoreWriteError):
+            raise  # by all, or in a forward, inside of which the others wait: they end when this process does
+        failure = error
+    return calls, failure
 
 
 def compare_rows(
@@ -239,16 +270,6 @@ def check_finite(row: Row, values: np.ndarray) -> None:
             f"{row.place}: the reference gives {values[bad[0]]} to token {at} (id {row.ids[at]}); {len(bad)} of "
             f"{len(values)} log-probs of this row are not finite. It is not stored; what was computed before is"
         )
-
-
-@contextmanager
-def _closed_afterwards(answers: Iterable[RowLogps]) -> Iterator[None]:
-    """Where the answers are made one after another, their maker learns that no more are wanted."""
-    try:
-        yield
-    finally:
-        if isinstance(answers, Generator):
-            answers.close()
 
 
 def _check_identity(store: ReferenceStore, model: nn.Module) -> None:

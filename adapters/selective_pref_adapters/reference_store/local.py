@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +21,6 @@ from selective_pref_adapters.heads import (
     row_per_token_logps,
 )
 from selective_pref_adapters.models import context_length, evaluating
-from selective_pref_adapters.reference_store.in_step import in_step
 from selective_pref_adapters.reference_store.rows import Row, RowLogps
 from selective_pref_adapters.reference_store.shards import StoreError
 from selective_pref_adapters.sharded import is_sharded, whole_shape
@@ -31,55 +30,71 @@ BATCH_TOKENS = 16384
 
 
 def local_logps(
-    rows: Sequence[Row], model: nn.Module, *, pad_token_id: int, batch_tokens: int = BATCH_TOKENS
+    rows: Sequence[Row],
+    model: nn.Module,
+    *,
+    pad_token_id: int,
+    batch_tokens: int = BATCH_TOKENS,
+    running: Any = None,
 ) -> Iterator[RowLogps]:
-    """The log-probs that a model on this process gives to rows: a `LogpSource`, once its options are bound.
+    """The log-probs that a model gives to rows: a `LogpSource`, once its options are bound.
 
-    On a CPU each row is computed by itself, and a prompt once for all rows that begin with it; on a GPU, and where the
-    model is sharded, rows of like length share a batch, and rows with the same prompt do. Of a sharded model every
-    process takes part in every batch of each process.
+    On a CPU each row is computed by itself, and a prompt once for all rows that begin with it; on a GPU rows of like
+    length share a batch, and rows with the same prompt do. A model that is sharded takes every process for each of its
+    calls: one that has no more rows takes part with a made-up one, and yields nothing for it.
+
+    Args:
+        rows: this process's.
+        model: a causal LM.
+        pad_token_id: what fills the ends of shorter rows.
+        batch_tokens: token positions of one batch on a GPU, padding included.
+        running: what is called, where an engine wraps the model; None for the model itself.
 
     Raises:
         StoreError: a row is longer than the model can read, or holds ids that it does not have; before any is computed.
     """
-    device = next(model.parameters()).device
-    if is_sharded(model):
-        install_fused_head(model, at_first_call=True)
-        logps_of = partial(_logps_of, model, frozen_per_token_logps, pad_token_id, device)
-        yield from in_step(_batches(rows, model, batch_tokens), logps_of, [_FILLER], device)
-        return
-    _check_readable(rows, model)
+    together, running = is_sharded(model), model if running is None else running
+    if not together:
+        check_readable(rows, model)
     with _undisturbed(model):
-        install_fused_head(model)
+        install_fused_head(model, at_first_call=together)
+    device = next(model.parameters()).device
     if device.type == "cuda":
         source, groups = frozen_per_token_logps, _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
-    elif computes_rows_by_themselves(model):
+    elif not together and computes_rows_by_themselves(model):
         source = row_per_token_logps
         groups = chain.from_iterable(_groups(some, batch_tokens) for some in _by_prompt(rows))
     else:
         source, groups = frozen_per_token_logps, ([row] for some in _by_prompt(rows) for row in some)
-    for group in groups:
-        yield _logps_of(model, source, pad_token_id, device, group)
+    for group in _as_often_everywhere(groups) if together else groups:
+        asked = group or [_MADE_UP]
+        with _undisturbed(model), torch.autocast(device.type, enabled=False):
+            logps = source(running, _collate(asked, pad_token_id, device)).float().cpu().numpy()
+        yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=bool(group))]
 
 
-_FILLER = Row(ids=np.zeros(2, dtype=np.int32), mask=np.array([False, True]))
+_MADE_UP = Row(ids=np.zeros(2, dtype=np.int32), mask=np.array([False, True]))
 
 
-def _batches(rows: Sequence[Row], model: nn.Module, batch_tokens: int) -> Iterator[list[Row]]:
-    _check_readable(rows, model)
-    yield from _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
+def _as_often_everywhere(groups: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """The groups of this process, then empty ones, until every process has had as many as the one with the most."""
+    own = list(groups)
+    most = most_of_all(len(own))
+    yield from own
+    for _ in range(most - len(own)):
+        yield []
 
 
-def _logps_of(
-    model: nn.Module, source: Callable[..., Tensor], pad_token_id: int, device: torch.device, rows: list[Row]
-) -> RowLogps:
-    """The log-probs of rows that share a batch."""
-    with _undisturbed(model), torch.autocast(device.type, enabled=False):
-        logps = source(model, _collate(rows, pad_token_id, device)).float().cpu().numpy()
-    return [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(rows, logps, strict=True)]
+def most_of_all(count: int) -> int:
+    """The largest count of any process; every process must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    largest = torch.tensor(count, device="cpu" if "gloo" in dist.get_backend() else "cuda")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def _check_readable(rows: Sequence[Row], model: Any) -> None:
+def check_readable(rows: Sequence[Row], model: Any) -> None:
     """Raises StoreError for the first row that the model cannot read."""
     context = context_length(model)
     vocabulary = whole_shape(model.get_input_embeddings().weight)[0]

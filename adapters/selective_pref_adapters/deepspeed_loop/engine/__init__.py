@@ -2,7 +2,9 @@
 
 checkpoint   safetensors files, of which values are read when they are needed
 loading      model folders → models, or under ZeRO-3 this process's part of them; whether there is room for them
+memory       room for weights; what is freed goes back to the system
 engine       processes, engines around policy and reference, the optimiser's step
+lora         adapters on the policy
 saving       the trained weights → a model folder, file after file
 """
 
@@ -18,6 +20,7 @@ from selective_pref_adapters.deepspeed_loop.engine.engine import (
     step_engine,
 )
 from selective_pref_adapters.deepspeed_loop.engine.loading import check_models, load
+from selective_pref_adapters.deepspeed_loop.engine.lora import with_adapters
 from selective_pref_adapters.deepspeed_loop.engine.saving import save_model
 
 __all__ = [
@@ -31,4 +34,5 @@ __all__ = [
     "start_frozen_engine",
     "start_processes",
     "step_engine",
+    "with_adapters",
 ]

@@ -24,6 +24,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from selective_pref_adapters.deepspeed_loop.engine.memory import give_freed_memory_back
 from selective_pref_adapters.heads import install_fused_head
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.sharded import is_sharded
@@ -37,6 +38,8 @@ def start_processes(config: TrainConfig) -> tuple[int, int]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():  # else DeepSpeed would look for MPI
         os.environ.setdefault(name, value)
+    if config.zero_stage == 3:
+        give_freed_memory_back()
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at every start
     deepspeed.init_distributed(
@@ -61,10 +64,11 @@ def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_s
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     wrapped = config.zero_stage > 0 or config.dtype != "float32"  # DeepSpeed's optimizer around ours clips and skips
+    learns = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = (
-        torch.optim.AdamW(policy.parameters(), **options)
+        torch.optim.AdamW(learns, **options)
         if wrapped
-        else FiniteAdamW(policy.parameters(), max_grad_norm=config.max_grad_norm, **options)
+        else FiniteAdamW(learns, max_grad_norm=config.max_grad_norm, **options)
     )
     scheduler = get_scheduler(
         config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
@@ -101,7 +105,8 @@ def start_frozen_engine(config: TrainConfig, reference: torch.nn.Module, _: torc
 def shared_settings(config: TrainConfig) -> dict[str, Any]:
     """What DeepSpeed is told about policy and references alike."""
     settings = further_settings(config)
-    zero: dict[str, Any] = {**settings.get("zero_optimization", {}), "stage": config.zero_stage}
+    zero: dict[str, Any] = {**_BUCKETS[config.zero_stage], **settings.get("zero_optimization", {})}
+    zero["stage"] = config.zero_stage
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:
@@ -113,6 +118,12 @@ def shared_settings(config: TrainConfig) -> dict[str, Any]:
         "bf16": {"enabled": config.dtype == "bfloat16"},
     }
 
+
+_NUMBERS = 20_000_000
+_ZERO_3 = {"reduce_bucket_size": _NUMBERS, "stage3_prefetch_bucket_size": _NUMBERS, "sub_group_size": _NUMBERS}
+_BUCKETS: dict[int, dict[str, int]] = {0: {}, 1: {}, 2: {}, 3: _ZERO_3}
+"""How many numbers ZeRO-3 handles at a time; DeepSpeed's own 500 million gradients, and a billion in the optimiser,
+take more memory than a small model."""
 
 DECIDED_BY_FLAGS = {
     "train_batch_size": "global_batch_size",

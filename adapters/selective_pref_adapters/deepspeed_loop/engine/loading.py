@@ -7,15 +7,11 @@ of one file. What cannot be loaded so is refused before anything is loaded.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from selective_pref_adapters.deepspeed_loop.engine.checkpoint import Checkpoint
 from selective_pref_adapters.deepspeed_loop.engine.engine import shared_settings
+from selective_pref_adapters.deepspeed_loop.engine.memory import room_for_weights
 from selective_pref_adapters.models import load_model, model_config
 from selective_pref_adapters.monitoring import anywhere
 from selective_pref_adapters.options import TrainConfig
@@ -38,9 +35,7 @@ def load(config: TrainConfig, name: str) -> nn.Module:
     """
     if config.zero_stage < 3:
         return load_model(name, dtype=config.dtype)
-    model = load_model(name, dtype=config.dtype, loader=partial(_from_parts, config))
-    _give_memory_back()
-    return model
+    return load_model(name, dtype=config.dtype, loader=partial(_from_parts, config))
 
 
 @contextmanager
@@ -72,12 +67,6 @@ def _from_parts(config: TrainConfig, name: str, *, dtype: torch.dtype) -> nn.Mod
     return model
 
 
-def _give_memory_back() -> None:
-    """Has the C library hand back what cutting whole parameters left free in between; only glibc knows how."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def check_models(config: TrainConfig, names: Mapping[str, str | None]) -> None:
     """What can be known of models before any is loaded: that they are there, can be loaded, and have room.
 
@@ -99,7 +88,7 @@ def check_models(config: TrainConfig, names: Mapping[str, str | None]) -> None:
             sizes[f"{what} {name}"] = checkpoint.numbers * item
         else:
             model_config(name)
-    room, where = _room(config)
+    room, where = room_for_weights(config)
     needed = sum(sizes.values()) / dist.get_world_size()
     if needed > room:
         listed = ", ".join(f"{size / 1e9:.4g} GB for {what}" for what, size in sizes.items())
@@ -109,17 +98,3 @@ def check_models(config: TrainConfig, names: Mapping[str, str | None]) -> None:
             "machines, dtype bfloat16, offload_parameters, or a reference_store instead of a reference model (it can "
             "be filled elsewhere, or from a server: selective-pref score)"
         )
-
-
-def _room(config: TrainConfig) -> tuple[float, str]:
-    """(bytes that the process with the least has for weights, where)."""
-    if torch.cuda.is_available() and not config.offload_parameters:
-        room, where = float(torch.cuda.mem_get_info()[0]), "on its device"
-    else:
-        room, where = float(psutil.virtual_memory().available), "on its host"
-        with suppress(OSError, ValueError):  # a container's limit; "max" is none
-            room = min(room, float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-        room /= int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    rooms: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(rooms, room)
-    return min(rooms), where

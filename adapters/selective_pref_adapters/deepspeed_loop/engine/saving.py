@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from selective_pref_adapters.deepspeed_loop.engine import lora
 from selective_pref_adapters.monitoring import anywhere
 from selective_pref_adapters.sharded import whole, whole_shape
 
@@ -24,7 +25,8 @@ FILE_SIZE = 2 << 30
 
 
 def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Weights, configuration and tokenizer into `output_dir`: written aside first, so that no half is ever there.
+    """Weights (of LoRA the adapters'), configuration and tokenizer into `output_dir`, written aside first: no half is
+    ever there.
 
     Raises:
         OSError: on every process, where the first one could not write. If transformers refused to save the model for
@@ -35,8 +37,9 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
     if first:
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
         aside.mkdir(parents=True)
-    plan = files_of(model)
-    tensors = _savable(model)
+    adapted = hasattr(model, "peft_config")
+    tensors = lora.trained(model) if adapted else _savable(model)
+    plan = {lora.WEIGHTS: list(tensors)} if adapted else files_of(model)
     placed: dict[str, str] = {}
     for file, names in plan.items():  # every process takes part in each, whatever became of the ones before
         part: dict[str, Tensor] = {}
@@ -46,7 +49,7 @@ def save_model(engine: Any, tokenizer: Any, output_dir: Path) -> None:
                     part[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         if first and failure is None:
             try:
-                part = revert_weight_conversion(model, part)
+                part = lora.saved_names(model, part) if adapted else revert_weight_conversion(model, part)
                 save_file(part, aside / file, metadata={"format": "pt"})
                 placed |= dict.fromkeys(part, file)
             except (OSError, SafetensorError) as error:
@@ -65,7 +68,8 @@ def _finish(model: Any, tokenizer: Any, aside: Path, output_dir: Path, placed: d
     try:
         rest = aside / "rest"
         model.save_pretrained(rest, state_dict={})
-        (rest / "model.safetensors").unlink(missing_ok=True)  # of no weight
+        for empty in rest.glob("*.safetensors"):
+            empty.unlink()
         tokenizer.save_pretrained(rest)
         if len(files) > 1:
             index = {"metadata": {"total_size": sum((aside / f).stat().st_size for f in files)}, "weight_map": placed}
