@@ -162,7 +162,8 @@ def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: Train
     """Raises OSError where the disk has no room for what the run is going to write at least.
 
     That is the model (of LoRA the adapters), and as many checkpoints as are there at one time: those that are kept,
-    and the next one while it is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16 the float32 weights.
+    and the next one while it is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16
+    the float32 weights.
     """
     learns = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     numbers = sum(whole_shape(parameter).numel() for parameter in learns)
