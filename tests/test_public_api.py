@@ -176,7 +176,7 @@ FLOORS = [
     {"batch"},
     {"pairs"},
     {"model_checks"},
-    {"models"},
+    {"models", "fsdp"},
     {"options", "files", "recipes", "sharded"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""

@@ -19,8 +19,8 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
-from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
+from selective_pref_adapters.fsdp import shard_reference
 from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import (
     MetricWindow,
@@ -274,7 +274,7 @@ def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> An
     """
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
-        return fsdp.shard(model, accelerator)
+        return shard_reference(model, accelerator)
     if not trainer.is_deepspeed_enabled:
         return accelerator.prepare_model(model, evaluation_mode=True)
     import deepspeed
