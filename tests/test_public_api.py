@@ -170,7 +170,6 @@ FLOORS = [
     {"seeing"},
     {"references", "generation"},
     {"reference_store"},
-    {"fsdp"},
     {"heads", "objectives", "monitoring"},
     {"model_inputs", "shared_prefix"},
     {"batch"},
