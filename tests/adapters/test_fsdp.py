@@ -185,8 +185,12 @@ def test_accelerates_configuration_asks_for_fsdp(monkeypatch: pytest.MonkeyPatch
     assert asks_for_fsdp(asked(fsdp_plugin_args=None))
 
 
-def test_a_wrong_fsdp_is_said_before_a_model_is_loaded(tmp_path: Path, policy_folder: Path) -> None:
+def test_a_wrong_fsdp_is_said_before_a_model_is_loaded(
+    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The policy's folder holds no weights, and nobody has noticed."""
+    alone = property(lambda _: ParallelMode.NOT_DISTRIBUTED)  # whatever other tests have started in this process
+    monkeypatch.setattr(SelectiveDPOConfig, "parallel_mode", alone)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((policy_folder / name).read_bytes())
     args = SelectiveDPOConfig(
