@@ -107,20 +107,21 @@ def _facts(config: PlanConfig) -> tuple[Facts, list[str]]:
     reference = policy if config.ref_model is None else model_size(config.ref_model)
     length = usable_length(config.max_length, {"policy": policy.config, "reference": reference.config})
 
-    def traced(size: ModelSize) -> Activations | None:
+    def traced(size: ModelSize, checkpointing: bool) -> Activations | None:
+        dtype = getattr(torch, config.dtype)
         try:
-            return activations(size.config, sequences=2, length=length, dtype=getattr(torch, config.dtype))
+            return activations(size.config, sequences=2, length=length, dtype=dtype, checkpointing=checkpointing)
         except ValueError as error:
             notes.append(f"Activations are not counted: {error}")
             return None
 
-    own = traced(policy)
+    own = traced(policy, True)
     facts = Facts(
         policy=policy,
         reference=reference,
         length=length,
         policy_activations=own,
-        reference_activations=own if reference is policy else traced(reference),
+        reference_activations=own if reference is policy else traced(reference, False),
     )
     return facts, notes
 

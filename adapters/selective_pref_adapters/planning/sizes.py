@@ -7,6 +7,7 @@ followed operation by operation: what autograd would keep is added up, and nothi
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,9 @@ def model_size(name: str) -> ModelSize:
     )
 
 
-def activations(config: Any, *, sequences: int, length: int, dtype: torch.dtype) -> Activations:
+def activations(
+    config: Any, *, sequences: int, length: int, dtype: torch.dtype, checkpointing: bool = True
+) -> Activations:
     """What autograd keeps of one forward pass of a model's body, with every position filled and no dropout.
 
     Attention is what transformers chooses (scaled_dot_product_attention), whose scores are not kept.
@@ -85,6 +88,7 @@ def activations(config: Any, *, sequences: int, length: int, dtype: torch.dtype)
         sequences: rows of the batch; a pair makes two.
         length: tokens of each row.
         dtype: of the weights.
+        checkpointing: False leaves out the second pass, and `inputs` is `whole`.
 
     Raises:
         ValueError: the forward pass depends on values, so that it cannot be followed without them.
@@ -96,8 +100,10 @@ def activations(config: Any, *, sequences: int, length: int, dtype: torch.dtype)
             ids = torch.zeros(sequences, length, dtype=torch.long)
             whole, layer = saved_bytes(model.train(), ids)
             inputs = whole
-            if model.supports_gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if model.supports_gradient_checkpointing and checkpointing:
+                with warnings.catch_warnings():  # newer versions of transformers have another name for it, too
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
                 inputs, _ = saved_bytes(model, ids)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
@@ -113,22 +119,26 @@ def saved_bytes(model: Any, ids: Tensor) -> tuple[int, int]:
     Memory that several tensors share counts once, that of parameters and buffers not at all.
     """
     own = {_place(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}
+    places: set[int] = set()
+    total = 0
     alive: list[Tensor] = []  # a place in memory means one thing while nothing is freed
     before: list[int] = []
     layers: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if _place(tensor) not in own:
+        nonlocal total
+        place = _place(tensor)
+        if place not in own and place not in places:
             alive.append(tensor)
-            sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
+            places.add(place)
+            total += tensor.untyped_storage().nbytes()
         return tensor
 
     def enter(*_: Any) -> None:
-        before.append(sum(sizes.values()))
+        before.append(total)
 
     def leave(*_: Any) -> None:
-        layers.append(sum(sizes.values()) - before.pop())
+        layers.append(total - before.pop())
 
     hooks = []
     for module in model.modules():
@@ -140,7 +150,6 @@ def saved_bytes(model: Any, ids: Tensor) -> tuple[int, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    total = sum(sizes.values())
     return total, max(layers, default=total)
 
 
