@@ -140,7 +140,7 @@ def _print(found: dict[str, Any], config: PlanConfig) -> None:
         f"{'on' if config.gradient_checkpointing else 'off'}\n"
     )
     table = _table(f"GiB on each device, ZeRO-{config.zero_stage}", [*WAYS])
-    for part in ways["running"]["device"]:
+    for part in dict.fromkeys(part for way in WAYS for part in ways[way]["device"]):
         _row(table, part, [ways[way]["device"].get(part) for way in WAYS])
     table.add_section()
     _row(table, "together, at most", [ways[way]["device_total"] for way in WAYS])

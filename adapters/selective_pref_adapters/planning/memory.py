@@ -25,6 +25,8 @@ LIVE_PARAMETERS = 1_000_000_000
 """Parameters of the policy that DeepSpeed's ZeRO-3 keeps gathered at most (its stage3_max_live_parameters)."""
 BUCKET = 20_000_000
 """Gradients that are added up over the processes at once, and parameters fetched ahead, as the loop sets it."""
+DEEPSPEED_BUCKET = 500_000_000
+"""Gradients that stages 1 and 2 add up at once: DeepSpeed's default, held in full even for a small model."""
 STORE_ROW = 32
 """Bytes of a stored row besides its log-probs: key, checksum, offset."""
 _MOST_DEVICES = 1024
@@ -82,6 +84,12 @@ def on_device(facts: Facts, config: PlanConfig, way: Way) -> Bytes:
     if way == "running" and facts.reference_activations is not None:
         parts["reference: one layer at work"] = config.batch_size * facts.reference_activations.layer
     parts["head"] = _head(facts, config, item)
+    if config.zero_stage in (1, 2):
+        parts["gathered layers, buckets"] = item * DEEPSPEED_BUCKET
+    at_work = ("activations", "reference: one layer at work", "head")
+    step = _step(facts.policy.parameters, config) - sum(parts.get(name, 0) for name in at_work)
+    if step > 0:
+        parts["optimizer step, beyond those"] = step
     return parts
 
 
@@ -185,6 +193,15 @@ def _head(facts: Facts, config: PlanConfig, item: int) -> int:
     width = next(tile.stop - tile.start for tile in head.tiles(rows, vocabulary, torch.device("cuda")))
     own_gradient = vocabulary * facts.policy.hidden * item if config.zero_stage >= 2 else 0  # before it is cut
     return rows * width * (4 + item) + rows * facts.policy.hidden * (4 + 2 * item) + own_gradient
+
+
+def _step(parameters: int, config: PlanConfig) -> int:
+    """Bytes of AdamW's step, when activations are gone: float32 gradients and the update itself."""
+    if config.offload_optimizer and config.zero_stage >= 1:
+        return 0
+    if config.zero_stage >= 3:
+        return 8 * min(BUCKET, parameters)  # one group of parameters after another
+    return _part((8 if config.dtype != "float32" else 4) * parameters, config.zero_stage >= 1, config.devices)
 
 
 def _part(size: int, cut: bool, devices: int) -> int:
