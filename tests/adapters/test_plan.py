@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("tyro")
-pytest.importorskip("rich")
-
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, T5Config
 
 from selective_pref_adapters.cli import main

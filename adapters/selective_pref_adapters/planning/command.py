@@ -1,6 +1,6 @@
 """`selective-pref plan`: a table, or JSON.
 
-In: a `PlanConfig`. Out: what a run takes with a running, a stored and a served reference; what fits, and what to change.
+In: a `PlanConfig`. Out: what a run takes with a running, a stored and a served reference; what fits, what to change.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def whole_plan(facts: Facts, config: PlanConfig, notes: Sequence[str]) -> dict[s
         "models": {name: _described(size) for name, size in (("policy", facts.policy), ("reference", facts.reference))},
         "ways": {way: _way(facts, config, way) for way in WAYS},
         "device_total_by_zero_stage": {
-            str(stage): {
-                way: sum(on_device(facts, replace(config, zero_stage=stage), way).values()) for way in WAYS
-            }
+            str(stage): {way: sum(on_device(facts, replace(config, zero_stage=stage), way).values()) for way in WAYS}
             for stage in (0, 1, 2, 3)
         },
         "disk": on_disk(facts, config),
@@ -85,7 +83,13 @@ def _item(config: PlanConfig) -> int:
 
 def _check(config: PlanConfig) -> None:
     """Raises ValueError where an option is out of range."""
-    for name, least in (("devices", 1), ("hosts", 1), ("batch_size", 1), ("number_of_pairs", 0), ("keep_checkpoints", 1)):
+    for name, least in (
+        ("devices", 1),
+        ("hosts", 1),
+        ("batch_size", 1),
+        ("number_of_pairs", 0),
+        ("keep_checkpoints", 1),
+    ):
         if (value := getattr(config, name)) < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     if config.max_length is not None and config.max_length < 2:
@@ -134,10 +138,10 @@ def _print(found: dict[str, Any], config: PlanConfig) -> None:
     models, settings, ways = found["models"], found["settings"], found["ways"]
     for name, model in models.items():
         console.print(f"{name}: {model['name']}, {model['parameters']:,} parameters", markup=False)
+    hosts = "1 host" if config.hosts == 1 else f"{config.hosts} hosts"
     console.print(
-        f"{config.devices} devices on {config.hosts} host{'s' * (config.hosts > 1)}, {config.dtype}, {config.batch_size} "
-        f"× 2 sequences of {settings['max_length']} tokens a device, gradient checkpointing "
-        f"{'on' if config.gradient_checkpointing else 'off'}\n"
+        f"{config.devices} devices on {hosts}, {config.dtype}; on each {config.batch_size} × 2 sequences of "
+        f"{settings['max_length']} tokens, gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}\n"
     )
     table = _table(f"GiB on each device, ZeRO-{config.zero_stage}", [*WAYS])
     for part in dict.fromkeys(part for way in WAYS for part in ways[way]["device"]):
@@ -145,8 +149,14 @@ def _print(found: dict[str, Any], config: PlanConfig) -> None:
     table.add_section()
     _row(table, "together, at most", [ways[way]["device_total"] for way in WAYS])
     if config.device_memory is not None:
-        table.add_row(f"of {config.device_memory:g} GiB", *("fits" if ways[way]["fits"] else "too much" for way in WAYS))
-    _row(table, "while the store is filled", [None, ways["stored"]["device_while_the_store_is_filled_in_the_same_run"], None])
+        table.add_row(
+            f"of {config.device_memory:g} GiB", *("fits" if ways[way]["fits"] else "too much" for way in WAYS)
+        )
+    _row(
+        table,
+        "while the store is filled",
+        [None, ways["stored"]["device_while_the_store_is_filled_in_the_same_run"], None],
+    )
     _row(table, "the server's own devices", [None, None, ways["served"]["weights_on_the_servers_own_devices"]])
     console.print(table)
 

@@ -38,7 +38,7 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes that a forward pass of a model's body leaves for its backward pass; those of the head are not among them."""
+    """Bytes that a forward pass of a model's body leaves for its backward pass; those of the head do not count."""
 
     whole: int
     """Without gradient checkpointing."""
@@ -65,6 +65,8 @@ def model_size(name: str) -> ModelSize:
             f"model_type {getattr(config, 'model_type', None)!r} ({reason})"
         ) from error
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None:
+        raise ValueError(f"{name} is no causal language model: {type(model).__name__} has no embedding or no head")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return ModelSize(
         name=name,
