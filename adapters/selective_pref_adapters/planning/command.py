@@ -140,8 +140,9 @@ def _print(found: dict[str, Any], config: PlanConfig) -> None:
         console.print(f"{name}: {model['name']}, {model['parameters']:,} parameters", markup=False)
     hosts = "1 host" if config.hosts == 1 else f"{config.hosts} hosts"
     console.print(
-        f"{config.devices} devices on {hosts}, {config.dtype}; on each {config.batch_size} × 2 sequences of "
-        f"{settings['max_length']} tokens, gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}\n"
+        f"{config.devices} devices on {hosts}, {config.dtype}, {config.batch_size} × 2 sequences of "
+        f"{settings['max_length']} tokens a device, gradient checkpointing "
+        f"{'on' if config.gradient_checkpointing else 'off'}\n"
     )
     table = _table(f"GiB on each device, ZeRO-{config.zero_stage}", [*WAYS])
     for part in dict.fromkeys(part for way in WAYS for part in ways[way]["device"]):
