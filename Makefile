@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make test    lint, types and tests (sets up .venv first)"
 	@echo "make test-processors    the tests with the kernels of other processors, and with two threads"
-	@echo "make demo    a small language task, start to finish, in under five minutes"
+	@echo "make demo    what the method does, with controls, in under five minutes"
 	@echo "make docs    builds the documentation into site/"
 	@echo "make dist-check      builds sdist and wheel into dist/, and tries both in other folders"
 	@echo "make test-lowest     the tests with the lowest supported version of every dependency (downloads 3 GB)"

@@ -170,13 +170,12 @@ FLOORS = [
     {"seeing"},
     {"references", "generation"},
     {"reference_store"},
-    {"fsdp"},
     {"heads", "objectives", "monitoring"},
     {"model_inputs", "shared_prefix"},
     {"batch"},
     {"pairs"},
     {"model_checks"},
-    {"models"},
+    {"models", "fsdp"},
     {"options", "files", "recipes", "sharded"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""

@@ -71,7 +71,7 @@ def _version(args: Any) -> int | None:
     return int(os.environ.get("FSDP_VERSION", "1"))
 
 
-def enable(trainer: Any) -> bool:
+def enable_fsdp(trainer: Any) -> bool:
     """Whether FSDP2 shards this trainer's models; on CPUs, too, where accelerate would not. For a trainer not yet used.
 
     Raises:
@@ -105,7 +105,7 @@ def _keep_outputs(plugin: Any) -> None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
-def shard(model: nn.Module, accelerator: Any, *, mixed_precision: bool = True) -> nn.Module:
+def shard_reference(model: nn.Module, accelerator: Any, *, mixed_precision: bool = True) -> nn.Module:
     """A model that does not learn, sharded in place as the policy will be: layer by layer, each gathered for its call.
 
     Every process must call it, with the same model. With `cpu_ram_efficient_loading` only the first process holds

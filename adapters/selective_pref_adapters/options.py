@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from selective_pref import Pool, Ties
+from selective_pref import Pool, Ties, VetoSides
 
-ObjectiveName: TypeAlias = Literal["selective_dpo", "dpo", "simpo", "sft"]
+ObjectiveName: TypeAlias = Literal["selective_dpo", "dpo", "simpo", "sft", "teacher_veto"]
 LossName: TypeAlias = Literal[
     "sigmoid",
     "hinge",
@@ -94,6 +94,20 @@ class LossOptions(SelectionOptions):
         metadata={"help": "What tokens behind the length of the shorter response count for, in [0, 1] (LD-DPO)."},
     )
     gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin, in units of the reward."})
+    veto_threshold: float = field(
+        default=1.0,
+        metadata={
+            "help": "teacher_veto (experimental): a token is vetoed where the teacher (the reference) finds it so many "
+            "nats less likely than the policy's own start (the scoring reference) does."
+        },
+    )
+    veto_floor: float = field(
+        default=2.0, metadata={"help": "teacher_veto: how far below the teacher a vetoed token is pushed, nats."}
+    )
+    veto_sides: VetoSides = field(
+        default="both",
+        metadata={"help": "teacher_veto: learn from both responses, or raise the chosen and lower the rejected only."},
+    )
 
     def __post_init__(self) -> None:
         """Lists, which a file has in place of tuples, and a single name become tuples."""
@@ -239,11 +253,13 @@ PAIR_LOSS = (
     "ld_alpha",
 )
 """Options that say which pair loss it is."""
+_VETO = ("veto_threshold", "veto_floor", "veto_sides")
 UNREAD: dict[str, tuple[str, ...]] = {
-    "selective_dpo": ("gamma",),
-    "dpo": ("gamma", *_SELECTION),
-    "simpo": (*PAIR_LOSS, *_SELECTION),
-    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *PAIR_LOSS, *_SELECTION),
+    "selective_dpo": ("gamma", *_VETO),
+    "dpo": ("gamma", *_SELECTION, *_VETO),
+    "simpo": (*PAIR_LOSS, *_SELECTION, *_VETO),
+    "sft": ("beta", "gamma", "label_smoothing", "sft_weight", *PAIR_LOSS, *_SELECTION, *_VETO),
+    "teacher_veto": ("beta", "gamma", "label_smoothing", "sft_weight", *PAIR_LOSS, *_SELECTION),
 }
 """Options of the loss that an objective does not read: setting one is an error."""
 

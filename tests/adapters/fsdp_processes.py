@@ -35,7 +35,7 @@ from selective_pref_adapters.reference_store import ReferenceStore, StoreError
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
 from tiny import make_mixture, text_rows
 
-PATIENCE = 400  # seconds after which a process counts as hanging
+PATIENCE = 900  # seconds after which a process counts as hanging: on a busy machine every exchange waits its turn
 POLICY, REFERENCE, FOLDER = (Path(argument) for argument in sys.argv[1:4])
 MIXTURE = FOLDER / "mixture"  # whose layers are of another class than the reference's
 ROWS = text_rows(48)
@@ -49,7 +49,7 @@ def settings(name: str, **changed: Any) -> dict[str, Any]:
         "output_dir": str(FOLDER / name),
         "use_cpu": True,
         "bf16": False,
-        "max_steps": 4,
+        "max_steps": 3,
         "per_device_train_batch_size": 4 // world,
         "per_device_eval_batch_size": 4 // world,
         "gradient_accumulation_steps": 2,

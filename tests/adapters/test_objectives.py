@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from selective_pref_adapters.objectives import (
     unread,
     without_rounding,
 )
+from selective_pref_adapters.options import ObjectiveName
 
 
 def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,12 +28,13 @@ def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.
     return {"completion_mask": mask}, *(-torch.rand(4, 6) for _ in range(3))
 
 
-@pytest.mark.parametrize("name", ["selective_dpo", "dpo", "simpo", "sft"])
+@pytest.mark.parametrize("name", get_args(ObjectiveName))
 def test_every_name_makes_an_objective(name: str) -> None:
     objective = make_objective(name, beta=0.1, selection_ratio=0.4)
     check_objective(objective)
-    rows, logps, ref, _ = batch()
-    assert loss_of_batch(objective, rows, logps, ref).losses.shape == (2,)
+    rows, logps, ref, start = batch()
+    given = [start] if name == "teacher_veto" else []
+    assert loss_of_batch(objective, rows, logps, ref, *given).losses.shape == (2,)
 
 
 def test_selective_dpo_is_the_core_s() -> None:

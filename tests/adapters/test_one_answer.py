@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from selective_pref import excess_loss_scores, select, sft_loss
 from selective_pref_adapters.cli import main
-from selective_pref_adapters.deepspeed_loop import loop, train
+from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.deepspeed_loop.engine import loading
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches
 from selective_pref_adapters.heads import model_per_token_logps
 from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
@@ -266,14 +267,14 @@ def test_the_command_shows_rows_of_one_answer(
 def seen_ids(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The ids of every call of the policy's body, in training and evaluation."""
     seen: list[torch.Tensor] = []
-    load = loop.load_model
+    load = loading.load_model
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
         return model
 
-    monkeypatch.setattr(loop, "load_model", watched)
+    monkeypatch.setattr(loading, "load_model", watched)
     return seen
 
 

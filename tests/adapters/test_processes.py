@@ -12,17 +12,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from plain_loop import LEARNING_RATE, plain_torch_run, training_pairs
 from ranks import everything, one_hangs, run_ranks
 from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches, make_order, share_of
+from selective_pref_adapters.models import load_model, load_tokenizer
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
+from selective_pref_adapters.reference_store.rows import rows_of_pairs
 from selective_pref_adapters.seeing.runs import read_run
 from tiny import make_model, text_rows, write_jsonl
 
@@ -89,6 +94,8 @@ def two(files: dict[str, Path]) -> dict[str, Any]:
             non_finite="skip",
             **sharded,
         ),
+        "filled": configured(files, "filled", reference_store=str(files["folder"] / "store"), **sharded),
+        "adapters": configured(files, "adapters", ref_model=None, lora_r=2, **sharded),
         "stopped": configured(files, "resumed", **resumable),
         "resumed": configured(files, "resumed", **resumable),
     }
@@ -146,6 +153,38 @@ def test_two_processes_compute_what_one_does(files: dict[str, Path], two: dict[s
 def test_sharded_weights_and_shared_prompts(two: dict[str, Any]) -> None:
     assert [two[name]["shares"] for name in ("stage 0", "stage 2", "stage 3", "padded rows")] == [True] * 3 + [False]
     assert losses(two["stage 3"]) == pytest.approx(losses(two["padded rows"]), rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_sharded_reference_fills_a_store(files: dict[str, Path], two: dict[str, Any]) -> None:
+    """With the log-probs that it gives when it is whole; and the run that reads them is that of the reference."""
+    model, tokenizer = load_model(str(files["reference"]), dtype="float32"), load_tokenizer(str(files["reference"]))
+    store = ReferenceStore.open(files["folder"] / "store")
+    assert store.space.identity == reference_space(model, tokenizer).identity
+    whole = ReferenceStore.create(files["folder"] / "whole", reference_space(model, tokenizer))
+    pairs = training_pairs(files["policy"], files["pairs"])
+    fill_store(whole, pairs, model, pad_token_id=0, progress=False)
+    rows = rows_of_pairs(pairs)
+    for ours, theirs in zip(store.values_of(rows), whole.values_of(rows), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert losses(two["filled"]) == pytest.approx(losses(two["stage 3"]), rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_adapters_on_a_sharded_policy(files: dict[str, Path], two: dict[str, Any]) -> None:
+    """The losses of one process that holds the whole; a folder that PEFT reads."""
+    alone = train(configured(files, "adapters alone", ref_model=None, lora_r=2))
+    assert losses(two["adapters"]) == pytest.approx(losses({"metrics": alone.metrics}), rel=LOSS_TOLERANCE)
+    assert any("equals the initial policy" in note for note in two["adapters"]["summary"]["notes"])
+    saved = [load_file(files["folder"] / name / "adapter_model.safetensors") for name in ("adapters", "adapters-alone")]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(tensor, saved[1][name], rtol=0, atol=WEIGHT_TOLERANCE)
+    base = load_model(str(files["policy"]), dtype="float32")
+    loaded = PeftModel.from_pretrained(base, str(files["folder"] / "adapters"))
+    factors = {name: p for name, p in loaded.named_parameters() if "lora_B" in name}
+    assert factors
+    assert all(parameter.any() for parameter in factors.values())
 
 
 @pytest.mark.slow

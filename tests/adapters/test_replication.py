@@ -187,7 +187,7 @@ def test_a_run_is_the_same_again_and_is_measured_on_its_way(world: World) -> Non
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(world: World, name: str) -> None:
-    result = train(world, METHODS[name], QUICK)
+    result = train(world, METHODS[name], QUICK, start={"success": 0.0})
     assert result["measured"][-1]["kl"] >= 0
 
 

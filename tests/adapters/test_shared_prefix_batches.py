@@ -107,7 +107,7 @@ def test_nothing_to_predict() -> None:
 
 def test_gathered_weights_are_examined_at_the_first_batch_whatever_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at a model calls it, and each call gathers its weights: all processes must call it equally often."""
-    monkeypatch.setattr(layout_module, "_gathers", lambda _: True)
+    monkeypatch.setattr(layout_module, "is_sharded", lambda _: True)
     model, batch = make("llama"), make_batch()
     count = Count(model)
     nothing = torch.full_like(labels_of(batch), -100)

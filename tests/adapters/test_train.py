@@ -23,7 +23,8 @@ from ranks import step_engine_of_the_loop, stop_at
 from selective_pref import NonFiniteError, selective_dpo_loss
 from selective_pref_adapters import references
 from selective_pref_adapters.batch import responses
-from selective_pref_adapters.deepspeed_loop import loop, reference, train
+from selective_pref_adapters.deepspeed_loop import loop, train
+from selective_pref_adapters.deepspeed_loop import reference as references_of_the_loop
 from selective_pref_adapters.deepspeed_loop.engine import start_processes
 from selective_pref_adapters.deepspeed_loop.run_log import RunLog
 from selective_pref_adapters.deepspeed_loop.sampling import make_order, number_of_steps, pairs_per_step, share_of
@@ -237,7 +238,7 @@ def test_a_store_gives_the_run_of_the_reference_and_the_teacher_never_runs(
         raise AssertionError("a reference ran")
 
     monkeypatch.setattr(references, "frozen_per_token_logps", never)
-    monkeypatch.setattr(reference, "start_frozen_engine", never)
+    monkeypatch.setattr(references_of_the_loop, "start_frozen_engine", never)
     stored: dict[str, Any] = {"ref_model": None, "reference_store": str(tmp_path / "store"), "epochs": 2}
     for number, options in enumerate(runs):
         config = configure(output_dir=str(tmp_path / f"stored{number}"), resume="auto", **stored, **options)

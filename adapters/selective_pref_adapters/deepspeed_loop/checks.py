@@ -21,6 +21,7 @@ from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
 from selective_pref_adapters.objectives import make_objective, needs_reference, unread
+from selective_pref_adapters.objectives.veto import NO_START
 from selective_pref_adapters.options import LossOptions, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
 from selective_pref_adapters.sharded import whole_shape
@@ -41,7 +42,9 @@ def check_config(config: TrainConfig) -> None:
         )
     if not reads_reference and any(reference):
         raise ValueError(f"objective {config.objective!r} reads no reference: leave ref_model and reference_store out")
-    if any(scoring_reference) and config.objective != "selective_dpo":
+    if config.objective == "teacher_veto" and not any(scoring_reference):
+        raise ValueError(NO_START)
+    if any(scoring_reference) and config.objective not in ("selective_dpo", "teacher_veto"):
         raise ValueError(f"objective {config.objective!r} scores no tokens: leave the scoring reference out")
     for space, store in (
         ("reference_space", "reference_store"),
@@ -162,8 +165,8 @@ def check_space(folder: Path, policy: torch.nn.Module, steps: int, config: Train
     """Raises OSError where the disk has no room for what the run is going to write at least.
 
     That is the model (of LoRA the adapters), and as many checkpoints as are there at one time: those that are kept,
-    and the next one while it is being written. A checkpoint holds weights, the two float32 moments of AdamW, and in
-    bfloat16 the float32 weights.
+    and the next one while it is being written. A checkpoint holds weights, AdamW's two float32 moments, and in bfloat16
+    the float32 weights.
     """
     learns = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     numbers = sum(whole_shape(parameter).numel() for parameter in learns)

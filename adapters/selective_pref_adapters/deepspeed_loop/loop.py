@@ -264,9 +264,8 @@ def losses_of(run: Run, pairs: Sequence[TokenizedPair], count: int | None = None
         count: how many of the pairs, the first ones, are read by the loss; None or 0 for all.
     """
     batch = {name: tensor.to(run.engine.device) for name, tensor in collate(pairs, run.pad_token_id).items()}
-    references = (run.reference, run.scoring_reference)
-    found = [None if reference is None else reference(batch) for reference in references]  # before the policy's graph
-    logps = [model_per_token_logps(run.engine, batch), *found]
+    logps = [model_per_token_logps(run.engine, batch)]
+    logps += [None if reference is None else reference(batch) for reference in (run.reference, run.scoring_reference)]
     counted = None if count is None else torch.arange(len(pairs)) < count
     weights = pair_weights(pairs)
     weights = None if weights is None else weights.to(run.engine.device)

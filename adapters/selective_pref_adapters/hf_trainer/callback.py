@@ -18,8 +18,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS
+from selective_pref_adapters.fsdp import enable_fsdp
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
 from selective_pref_adapters.hf_trainer.checks import (
     check_references,
@@ -104,7 +104,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             MissingRowsError: the store lacks rows of the training or evaluation set.
         """
         loss, collator = trainer.compute_loss_func, trainer.data_collator
-        fsdp.enable(trainer)
+        enable_fsdp(trainer)
         check_trainer(trainer)
         there = [found for found in trainer.callback_handler.callbacks if isinstance(found, SelectionCallback)]
         if any(callback is not self for callback in there):

@@ -19,8 +19,8 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
-from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
+from selective_pref_adapters.fsdp import shard_reference
 from selective_pref_adapters.hf_trainer.collator import PreferenceLabels
 from selective_pref_adapters.monitoring import (
     MetricWindow,
@@ -59,10 +59,12 @@ class SelectivePreferenceLoss:
     whole optimiser step. So {accumulation 4} = {batch × 4} = {2 processes × 2}, uneven last batches included.
 
     Args:
-        objective: "selective_dpo", "dpo", "simpo", "sft", or any callable (chosen, rejected) → PreferenceLoss.
+        objective: "selective_dpo", "dpo", "simpo", "sft", "teacher_veto", or any callable (chosen, rejected) →
+            PreferenceLoss.
         ref_model: a reference that runs beside the policy: a model with the same tokenizer, or the policy itself where
             it is a PEFT model (its adapters are then switched off). None where the collator has a `reference_store`.
-        scoring_ref_model: a second reference from which scores are made (Eq. 6), while the first anchors the reward.
+        scoring_ref_model: a second reference from which scores are made (Eq. 6), while the first anchors the reward;
+            for "teacher_veto", whose reference is the teacher, the policy's own start.
         non_finite: "raise" stops on every process, before the gradient reaches the weights, when a loss is not finite;
             "skip" leaves the pairs out whose *reference* is broken and counts them. A broken policy always raises.
         options: the fields of `LossOptions` (beta, selection_ratio, …) that are not to have their defaults;
@@ -272,7 +274,7 @@ def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> An
     """
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
-        return fsdp.shard(model, accelerator)
+        return shard_reference(model, accelerator)
     if not trainer.is_deepspeed_enabled:
         return accelerator.prepare_model(model, evaluation_mode=True)
     import deepspeed

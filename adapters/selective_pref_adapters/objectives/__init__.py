@@ -2,6 +2,7 @@
 
 objective      a name → a function (chosen, rejected) → PreferenceLoss; what it gives for a batch; schedules
 named_losses   the pair losses by TRL's names, and the options that each of them reads
+veto           the teacher's veto
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from selective_pref_adapters.objectives.objective import (
     unread,
     without_rounding,
 )
+from selective_pref_adapters.objectives.veto import TeacherVeto
 
 __all__ = [
     "CHOSEN_ONLY",
     "Schedule",
     "Selective",
+    "TeacherVeto",
     "WithSft",
     "as_names",
     "check_objective",

@@ -31,6 +31,7 @@ from selective_pref import (
 )
 from selective_pref_adapters.batch import Batch, responses
 from selective_pref_adapters.objectives.named_losses import NamedLoss, check_name, unread_numbers
+from selective_pref_adapters.objectives.veto import TeacherVeto
 from selective_pref_adapters.options import UNREAD, LossOptions, SelectionOptions
 
 CHOSEN_ONLY = ("sft",)
@@ -41,7 +42,8 @@ def make_objective(name: str, **numbers: Any) -> Objective:
     """The loss that a configuration names, with its numbers bound; those it does not read are ignored here.
 
     Args:
-        name: "selective_dpo", "dpo", "simpo" or "sft". Distilled DPO is "dpo" with a stronger reference.
+        name: "selective_dpo", "dpo", "simpo", "sft" or "teacher_veto". Distilled DPO is "dpo" with a stronger
+            reference.
         numbers: fields of `LossOptions` that are not to have their defaults.
 
     Raises:
@@ -57,6 +59,7 @@ def make_objective(name: str, **numbers: Any) -> Objective:
             simpo_loss, beta=options.beta, gamma=options.gamma, label_smoothing=options.label_smoothing
         ),
         "sft": lambda: sft_loss,
+        "teacher_veto": lambda: TeacherVeto(options.veto_threshold, options.veto_floor, options.veto_sides),
     }
     made = losses[name]()
     return made if options.sft_weight == 0 or name in ("selective_dpo", "sft") else WithSft(made, options.sft_weight)
@@ -140,7 +143,8 @@ def selects(selection_ratio: SelectionRatio, min_score: float | None = None) -> 
 def check_objective(objective: Objective, *, reference: bool = True) -> PreferenceLoss:
     """Calls `objective` on a pair of one token, so that an option out of range raises before anything is loaded."""
     one = torch.zeros(2, 1)
-    return objective(*responses({"completion_mask": torch.ones(2, 2)}, one, one if reference else None))
+    sides = responses({"completion_mask": torch.ones(2, 2)}, one, one if reference else None)
+    return objective(*sides, start=(one[:1], one[1:])) if isinstance(objective, TeacherVeto) else objective(*sides)
 
 
 def needs_reference(objective: Objective) -> bool:
@@ -198,7 +202,8 @@ def loss_of_batch(
         batch: in the trainers' layout, chosen rows first.
         per_token_logps: the policy's [2B T].
         ref_per_token_logps: of the reference that anchors the reward [2B T], or None for losses without one.
-        scoring_ref_per_token_logps: of the reference that scores the tokens (Eq. 6) [2B T], where it is another.
+        scoring_ref_per_token_logps: of the reference that scores the tokens (Eq. 6) [2B T], where it is another; for
+            `TeacherVeto`, of the policy's own start.
         pair_weights: what the losses are multiplied by [B], at least 0; None for 1. They are not made to have a mean
             of 1: a pair counts for the same whatever other pairs are in its batch.
         chosen_only: the batch has no rejected rows, and all arrays are [B T]; see `responses`.
@@ -215,7 +220,10 @@ def loss_of_batch(
     if ref_per_token_logps is not None:
         ref_per_token_logps = without_rounding(ref_per_token_logps, per_token_logps)
     chosen, rejected = responses(batch, per_token_logps, ref_per_token_logps, chosen_only=chosen_only)
-    if scoring_ref_per_token_logps is None:
+    if isinstance(objective, TeacherVeto):
+        start = scoring_ref_per_token_logps
+        out = objective(chosen, rejected, start=None if start is None else tuple(start.chunk(2)))
+    elif scoring_ref_per_token_logps is None:
         out = objective(chosen, rejected)
     else:
         scoring = without_rounding(scoring_ref_per_token_logps, per_token_logps)

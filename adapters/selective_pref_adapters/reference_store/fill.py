@@ -29,7 +29,7 @@ from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.local import BATCH_TOKENS, check_readable, local_logps, most_of_all
 from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, different_rows, rows_of_pairs
-from selective_pref_adapters.reference_store.shards import StoreError
+from selective_pref_adapters.reference_store.shards import StoreError, StoreWriteError
 from selective_pref_adapters.reference_store.store import ReferenceStore
 from selective_pref_adapters.reference_store.writer import FLUSH_SECONDS
 from selective_pref_adapters.sharded import is_sharded
@@ -218,6 +218,8 @@ def _store_what_it_gives(
                 if most_of_all(failure is not None) if together else failure is not None:
                     break
     except Exception as error:
+        if together and not isinstance(error, StoreWriteError):
+            raise  # by all, or in a forward, inside of which the others wait: they end when this process does
         failure = error
     return calls, failure
 

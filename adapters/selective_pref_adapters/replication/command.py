@@ -29,13 +29,13 @@ VARIED = tuple(
 QUICK_RATES = {
     "dpo": 1e-4,
     "distilled_dpo": 1e-4,
-    "selective_weak": 3e-4,
+    "selective_weak": 3e-3,
     "selective_strong": 1e-3,
-    "selective_own": 1e-3,
+    "selective_own": 3e-3,
     "random": 1e-4,
-    "wrong_way": 1e-3,
-    "sft": 1e-3,
-    "distillation": 1e-3,
+    "wrong_way": 3e-5,
+    "sft": 3e-3,
+    "distillation": 3e-3,
     "veto": 1e-3,
 }
 """Methods of the quick form, with the rates that the full form found for them."""

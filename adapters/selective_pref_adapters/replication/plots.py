@@ -43,10 +43,10 @@ def _bars(table: Table) -> Figure:
         axes.invert_yaxis()
         axes.set(title=table.title, xlabel="sampled answers that are right, %", xlim=(0, 100))
         axes.grid(axis="y", visible=False)
-        axes.legend(fontsize=8.5)
+        canvas.legend(fontsize=8.5, loc="outside lower center", ncols=3)
 
     caption = f"{table.title}: right answers to unseen prompts, mean over {_seeds(rows)} and 95 % interval."
-    return figure(table.key, caption, draw, (7.4, 1.2 + 0.42 * len(rows)))
+    return figure(table.key, caption, draw, (7.4, 1.5 + 0.42 * len(rows)))
 
 
 def _score_over_training(table: Table) -> Figure:

@@ -250,10 +250,10 @@ Runner = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], str, bool], It
 
 
 @contextmanager
-def pool(processes: int, *, apart: bool = False) -> Iterator[Runner]:
-    """Work in processes of their own, or, unless `apart`, here where one is enough."""
+def pool(processes: int) -> Iterator[Runner]:
+    """Work in processes of their own, or here where one is enough."""
     executor = None
-    if processes > 1 or apart:
+    if processes > 1:
         executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread)
 
     def run(

@@ -76,6 +76,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
         reference_store: folder of stored reference log-probs, read instead of running a reference. With a `ref_model`
             or `precompute_ref_log_probs`, what it lacks is computed before training.
         reference_space: which reference of that folder (its name or label), where it holds several.
+        scoring_reference_store: folder of stored log-probs of a second reference: from it scores are made (Eq. 6),
+            while the first anchors the reward; for the objective "teacher_veto", those of the policy's own start.
+        scoring_reference_space: which reference of that folder.
         non_finite: "raise" stops on all processes before a loss that is not finite reaches the weights; "ignore" goes
             on with it, as `DPOTrainer` does.
         fused_head: compute log-probs without materialising the logits, wherever the model allows it.
@@ -109,6 +112,12 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     reference_space: str | None = field(
         default=None, metadata={"help": "Which reference of that folder, where it holds several."}
     )
+    scoring_reference_store: str | None = field(
+        default=None, metadata={"help": "Folder of stored log-probs of a second reference, from which scores are made."}
+    )
+    scoring_reference_space: str | None = field(
+        default=None, metadata={"help": "Which reference of scoring_reference_store, where it holds several."}
+    )
     non_finite: Literal["raise", "ignore"] = field(
         default="raise",
         metadata={"help": "At a loss that is NaN or infinite: stop on all processes, or go on as DPOTrainer does."},
@@ -134,8 +143,9 @@ class SelectiveDPOConfig(SelectionOptions, DPOConfig):
     def __post_init__(self) -> None:
         if callable(self.scores):
             self.scores = _name_of(self.scores)  # so that the configuration can be written down and sent around
-        if self.reference_store is not None:
-            self.reference_store = str(self.reference_store)
+        for name in ("reference_store", "scoring_reference_store"):
+            if getattr(self, name) is not None:
+                setattr(self, name, str(getattr(self, name)))
         self.selection_ratio = one_or_two(self.selection_ratio)
         super().__post_init__()
         check_options(self)
@@ -251,8 +261,9 @@ def check_options(args: SelectiveDPOConfig) -> None:
             "columns and skip_malformed_rows are read by this library's reader, which stock_tokenization switches off: "
             "leave them out, or it"
         )
-    if args.reference_space is not None and args.reference_store is None:
-        raise ValueError("reference_space names a reference of a store: give reference_store, too")
+    for prefix in ("", "scoring_"):
+        if getattr(args, f"{prefix}reference_space") is not None and getattr(args, f"{prefix}reference_store") is None:
+            raise ValueError(f"{prefix}reference_space names a reference of a store: give {prefix}reference_store, too")
     if args.use_weighting:
         check_pairs_can_be_weighted(args.loss_type)
     check_objective(args.objective())  # β, ratio, pool, ties, the numbers of the losses

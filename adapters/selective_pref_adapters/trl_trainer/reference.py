@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from trl.trainer.utils import create_model_from_path
 
-from selective_pref_adapters import fsdp
 from selective_pref_adapters.batch import REF_LOGPS, Batch
+from selective_pref_adapters.fsdp import asks_for_fsdp, enable_fsdp, shard_reference
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.fill import fill_store
 from selective_pref_adapters.reference_store.identity import reference_space
@@ -91,7 +91,7 @@ class TrainerReference:
         self._fills = self.stored and (args.precompute_ref_log_probs or ref_model is not None)
         self.tokenizer = None if ref_model is None else tokenizer_of(ref_model, args)
         self.model: nn.Module | None = None
-        self._fsdp = fsdp.asks_for_fsdp(args)
+        self._fsdp = asks_for_fsdp(args)
         self._adapter = adapter
         copies = not self.stored or (self._fsdp and self._fills)  # FSDP2 shards the policy only when training begins
         if ref_model is not None or (needed and not adapter and copies):
@@ -125,8 +125,8 @@ class TrainerReference:
 
         TRL would gather all of it at once. What fills a store computes in the dtype of its weights.
         """
-        if fsdp.enable(self._trainer) and self.model is not None:
-            fsdp.shard(self.model, self._trainer.accelerator, mixed_precision=not self.stored)
+        if enable_fsdp(self._trainer) and self.model is not None:
+            shard_reference(self.model, self._trainer.accelerator, mixed_precision=not self.stored)
 
     def check(self) -> None:
         """Raises ValueError where training would move the reference: see `AdapterOffReference.check`."""

@@ -22,11 +22,19 @@ class WithStoredReference:
 
     collator: Any
     store: ReferenceStore
+    key: str = REF_LOGPS
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The collated batch with `REF_LOGPS` [2B T]."""
+        """The collated batch with the log-probs [2B T] under `key`."""
         batch = self.collator(examples)
-        return {**batch, REF_LOGPS: to_bits(self.store.lookup(batch))}
+        return {**batch, self.key: to_bits(self.store.lookup(batch))}
+
+
+def bare(collator: Any) -> Any:
+    """A collator without the stored log-probs that are added to its batches."""
+    while isinstance(collator, WithStoredReference):
+        collator = collator.collator
+    return collator
 
 
 def check_stored_dataset(dataset: Any) -> None:

@@ -22,7 +22,7 @@ from trl import DPOTrainer
 
 from selective_pref import NonFiniteError, Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
-from selective_pref_adapters.batch import Batch
+from selective_pref_adapters.batch import SCORING_REF_LOGPS, Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
 from selective_pref_adapters.model_checks import check_reloadable, check_trainable
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
@@ -35,8 +35,10 @@ from selective_pref_adapters.monitoring import (
     non_finite_error,
     own_pairs,
 )
-from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, needs_reference
+from selective_pref_adapters.objectives import logged_numbers, loss_of_batch, make_objective, needs_reference
 from selective_pref_adapters.pairs import parse_columns
+from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.references import ref_logps_of
 from selective_pref_adapters.seeing.trackers import SelectionPictures
 from selective_pref_adapters.trl_trainer.checks import (
     check_arguments,
@@ -60,7 +62,7 @@ from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
 from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
-from selective_pref_adapters.trl_trainer.stored import WithStoredReference, pairs_of
+from selective_pref_adapters.trl_trainer.stored import WithStoredReference, bare, pairs_of
 from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, batch_weights, with_pair_weights
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ class SelectiveDPOTrainer(DPOTrainer):
         data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config: as
             in `DPOTrainer`.
         objective: any callable (chosen, rejected) → PreferenceLoss in place of the Selective-DPO that `args`
-            describes. It is asked once whether it needs a reference; one that does not runs without.
+            describes; or the name of one, as "teacher_veto", with its default numbers. It is asked once whether it
+            needs a reference; one that does not runs without.
 
     Raises:
         TypeError: `args` is no `SelectiveDPOConfig`.
@@ -117,11 +120,12 @@ class SelectiveDPOTrainer(DPOTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         *,
-        objective: Objective | None = None,
+        objective: str | Objective | None = None,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SelectiveDPOConfig(f"{name.split('/')[-1]}-SelectiveDPO")
+        objective = make_objective(objective) if isinstance(objective, str) else objective
         self._custom_objective = objective
         train_dataset, eval_dataset = as_datasets(train_dataset), as_datasets(eval_dataset)
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
@@ -165,9 +169,10 @@ class SelectiveDPOTrainer(DPOTrainer):
         if args.fused_head:
             install_fused_head(self.model, at_first_call=True, share_prefix=args.share_prefix)
         self.precompute_ref_logps = self.reference.built()
+        self._use_scoring_store()
         if args.picture_pairs:
             self.add_callback(SelectionPictures(self, args.picture_pairs, partial(shown_rows, self)))
-        selects = selects_by_alignment(args, objective)
+        selects = selects_by_alignment(args, objective) and args.scoring_reference_store is None
         if selects and self.reference.is_initial_policy() and self.accelerator.is_main_process:
             logger.warning("%s", SELF_REFERENCE)
 
@@ -226,6 +231,17 @@ class SelectiveDPOTrainer(DPOTrainer):
             for dataset in (self.train_dataset, *all_sets(self.eval_dataset)):
                 check_collator(self.data_collator, dataset, "given")
 
+    def _use_scoring_store(self) -> None:
+        """The collator also looks up the second reference's log-probs; rows that it lacks are an error now."""
+        if self.args.scoring_reference_store is None:
+            return
+        store = ReferenceStore.open(self.args.scoring_reference_store, self.args.scoring_reference_space)
+        store.check_tokenizer(self._tokenizer)
+        for dataset in (self.train_dataset, *all_sets(self.eval_dataset)):
+            if dataset is not None:
+                store.check(pairs_of(dataset, bare(self.data_collator), "data set"))
+        self.data_collator = WithStoredReference(collator=self.data_collator, store=store, key=SCORING_REF_LOGPS)
+
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
         """As in `DPOTrainer`; rows as `read_rows` gives them will do, too."""
         return super().evaluate(as_datasets(eval_dataset), *arguments, **options)
@@ -249,7 +265,8 @@ class SelectiveDPOTrainer(DPOTrainer):
             )
         ref_logps = self.reference.logps_of(inputs)
         pair_weights = batch_weights(inputs, logps, statistics if self.args.use_weighting else None)
-        out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=pair_weights)
+        scoring = ref_logps_of(inputs, SCORING_REF_LOGPS, None)
+        out = loss_of_batch(self.objective, inputs, logps, ref_logps, scoring, pair_weights=pair_weights)
         if self.args.non_finite == "raise" and not finite_everywhere(out.losses):
             error = non_finite_error(out, self._where)
             raise NonFiniteError(f"{error}. With non_finite='ignore' the run goes on, as with DPOTrainer") from error
@@ -297,7 +314,7 @@ class SelectiveDPOTrainer(DPOTrainer):
             return dataset
         self._check_once()
         self._use_own_collator()
-        collator = getattr(self.data_collator, "collator", self.data_collator)
+        collator = bare(self.data_collator)
         pairs = pairs_of(dataset, collator, name)
         check_stored_inputs(self.model, collator([dataset[0]]))
         take_back_forward(self.model)
@@ -326,7 +343,9 @@ class SelectiveDPOTrainer(DPOTrainer):
         pairs = len(out.losses)
         if 0 < own < pairs:
             counted = torch.arange(pairs) < own
-            out = loss_of_batch(self.objective, inputs, logps, ref_logps, pair_weights=out.pair_weights, pairs=counted)
+            scoring = ref_logps_of(inputs, SCORING_REF_LOGPS, None)
+            weights = {"pair_weights": out.pair_weights, "pairs": counted}
+            out = loss_of_batch(self.objective, inputs, logps, ref_logps, scoring, **weights)
             rows = counted.repeat(2)
             inputs = {"attention_mask": inputs["attention_mask"][rows]}
             statistics = LogitStatistics(**{name: array[rows] for name, array in vars(statistics).items()})

@@ -46,7 +46,7 @@ def replicate_real(config: ReplicateConfig) -> int:
     for name in lacking:
         write_whole(path_of(folder, name), json.dumps(measure(folder, folder / name)) + "\n")
     work = [(folder, cell) for cell in cells if not path_of(folder, cell.name).exists()]
-    with pool(config.processes, apart=True) as run:
+    with pool(config.processes) as run:
         for _ in run(_run, work, "runs", True):
             pass
     for name in MODELS[1:]:
@@ -66,7 +66,8 @@ def replicate_real(config: ReplicateConfig) -> int:
     console.print(f"{time.monotonic() - start:.0f} s; runs and tables: {folder}", soft_wrap=True)
     console.print(f"on one page: {page}", soft_wrap=True)
     for name in MODELS[1:]:
-        console.print(f"what is selected beside the {name} model: {folder / 'selected' / name / 'page.html'}")
+        page = folder / "selected" / name / "page.html"
+        console.print(f"what is selected beside the {name} model: {page}", soft_wrap=True)
     return 0
 
 

@@ -131,7 +131,7 @@ def _split(folder: Path, pairs: Sequence[PreferenceRow], supervised: Sequence[Pr
     kept = [row for row in supervised if _question(row) not in asked]
     if not kept:
         raise ValueError("no supervised row is left: all of their prompts are among the held-out ones")
-    _write(folder / "sft.jsonl", ({"prompt": row.prompt, "completion": row.chosen} for row in kept))
+    _write(folder / "sft.jsonl", (_in_the_form_of(train_rows[0], row) for row in kept))
     for name, rows in (("train", train_rows), ("held_out", held_out)):  # the last file says that all are there
         _write(
             folder / f"{name}.jsonl",
@@ -140,8 +140,19 @@ def _split(folder: Path, pairs: Sequence[PreferenceRow], supervised: Sequence[Pr
 
 
 def _question(row: PreferenceRow) -> str:
-    """A prompt, without the white space around it, in which files differ."""
-    return row.prompt.strip() if isinstance(row.prompt, str) else json.dumps(row.prompt, sort_keys=True)
+    """The words of a prompt, without the white space around them and whatever the form: in both, files differ."""
+    return _prose(row.prompt).strip()
+
+
+def _in_the_form_of(pair: PreferenceRow, row: PreferenceRow) -> dict[str, Any]:
+    """A supervised row with its prompt and answer as text or as messages, as the pairs have theirs."""
+    if isinstance(pair.prompt, str):
+        end = pair.prompt[len(pair.prompt.rstrip()) :]
+        return {"prompt": _question(row) + end, "completion": _prose(row.chosen)}
+    if isinstance(row.prompt, str):
+        said = {"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.chosen}
+        return {"prompt": [said[0]], "completion": [said[1]]}
+    return {"prompt": row.prompt, "completion": row.chosen}
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -169,6 +180,7 @@ def _make_tokenizer(folder: Path, scale: RealScale) -> PreTrainedTokenizerFast:
 
 
 def _prose(value: Any) -> str:
+    """Text, or the contents of messages."""
     return value if isinstance(value, str) else "\n".join(str(message.get("content")) for message in value)
 
 

@@ -1,0 +1,145 @@
+"""ZeRO-3 in one process: models are cut while they are loaded, read and saved in parts, or refused before that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.deepspeed_loop.engine import check_models, load, loading, saving, start_processes
+from selective_pref_adapters.models import load_model
+from selective_pref_adapters.options import TrainConfig
+from selective_pref_adapters.reference_store.identity import model_identity
+from selective_pref_adapters.sharded import is_sharded, same_weights, whole_tensors
+from tiny import make_model, text_rows, write_jsonl
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    settings = tmp_path / "deepspeed.json"  # DeepSpeed leaves small parameters whole: nothing here would be sharded
+    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    made = TrainConfig(
+        model=str(make_model(tmp_path / "policy", seed=1, tie_word_embeddings=True)),
+        ref_model=str(make_model(tmp_path / "reference", seed=2)),
+        pairs=str(write_jsonl(tmp_path / "pairs.jsonl", text_rows(12))),
+        output_dir=str(tmp_path / "out"),
+        batch_size=4,
+        max_steps=1,
+        eval_fraction=0,
+        zero_stage=3,
+        deepspeed_config=str(settings),
+    )
+    start_processes(made)
+    return made
+
+
+def in_files(folder: str, parts: int) -> None:
+    """Splits a checkpoint into so many files, with an index."""
+    path = Path(folder) / "model.safetensors"
+    weights = sorted(load_file(path).items())
+    path.unlink()
+    places = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        save_file(dict(weights[part::parts]), path.with_name(file), metadata={"format": "pt"})
+        places |= {name: file for name, _ in weights[part::parts]}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": places, "metadata": {}}))
+
+
+def test_a_model_is_cut_while_it_is_loaded(config: TrainConfig) -> None:
+    """No parameter is whole; its parts are those of the files, in one file or several; ties stay."""
+    whole = load_model(config.model, dtype="float32")
+    for parts in (1, 3):
+        if parts > 1:
+            in_files(config.model, parts)
+        model: Any = load(config, config.model)
+        assert is_sharded(model)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 0
+        held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+        assert held == sum(parameter.numel() for parameter in whole.parameters())  # of one process: the whole
+        for name, tensor in whole_tensors(model):
+            assert torch.equal(tensor, whole.state_dict()[name]), name
+        assert model_identity(model) == model_identity(whole)
+        assert same_weights(model, whole)
+        assert same_weights(whole, model)
+        assert not same_weights(model, load(config, str(config.ref_model)).requires_grad_(False))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.generation_config.to_dict() == whole.generation_config.to_dict()
+        assert model.config._name_or_path == config.model
+
+
+def test_the_model_is_written_file_after_file(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "FILE_SIZE", 4000)
+    result = train(config)
+    files = sorted(path.name for path in result.output_dir.glob("*.safetensors"))
+    assert len(files) > 1
+    saved = AutoModelForCausalLM.from_pretrained(result.output_dir)
+    start = load_model(config.model, dtype="float32")
+    assert saved.state_dict().keys() == start.state_dict().keys()
+    assert any(not torch.equal(t, start.state_dict()[n]) for n, t in saved.state_dict().items())
+    assert all(torch.allclose(t, start.state_dict()[n], atol=1e-4) for n, t in saved.state_dict().items())
+
+
+def test_what_cannot_be_loaded_in_parts_is_refused_before_anything_is(config: TrainConfig, tmp_path: Path) -> None:
+    def refused(message: str, change: Any) -> None:
+        folder = tmp_path / "refused"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(str(config.ref_model), folder)
+        change(folder)
+        with pytest.raises(ValueError, match=message):
+            check_models(config, {"policy": config.model, "reference": str(folder)})
+
+    def other_format(folder: Path) -> None:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    def one_missing(folder: Path) -> None:
+        in_files(str(folder), 2)
+        (folder / "model-00002-of-00002.safetensors").unlink()
+
+    def cut_off(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def configured(folder: Path, **values: Any) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    refused("cannot be loaded in parts: expected model.safetensors", other_format)
+    refused("names files that are not there: model-00002-of-00002", one_missing)
+    refused("model.safetensors cannot be read", cut_off)
+    refused("has the shape", lambda folder: configured(folder, intermediate_size=48))
+    refused("are quantised", lambda folder: configured(folder, quantization_config={"quant_method": "bitsandbytes"}))
+    refused("there is no such folder", shutil.rmtree)
+
+
+def test_models_larger_than_all_memory_are_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "room_for_weights", lambda _: (1000.0, "on its host"))
+    with pytest.raises(ValueError, match=r"larger than all memory together: .* for policy .* for reference"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_r": 0}, "lora_r must be at least 1"),
+        ({"lora_r": 2, "lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"lora_r": 2, "lora_alpha": -1.0}, "lora_alpha must be above 0"),
+        ({"lora_alpha": 4.0}, "lora_alpha is read with lora_r only"),
+        ({"lora_r": 2, "lora_target_modules": ("no_proj",)}, "no layer gets an adapter.*q_proj"),
+    ],
+)
+def test_adapters_that_make_no_sense(config: TrainConfig, options: dict[str, Any], message: str) -> None:
+    for name, value in options.items():
+        setattr(config, name, value)
+    config.zero_stage = 0
+    with pytest.raises(ValueError, match=message):
+        train(config)
