@@ -165,7 +165,7 @@ ADAPTERS = ROOT / "adapters" / "selective_pref_adapters"
 TRAINERS = {"deepspeed_loop", "hf_trainer", "trl_trainer"}
 FLOORS = [
     {"cli"},
-    {"replication"},
+    {"replication", "planning"},
     TRAINERS,
     {"seeing"},
     {"references", "generation"},

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "score": "computed rows are stored",
             "inspect": "nothing was written",
             "report": "nothing was written",
+            "plan": "nothing was written",
             "replicate": "runs that have ended are kept, and the same command goes on",
             "generate": "answers are kept, and the same command goes on",
             "demo": "runs that have ended are kept, and the same command goes on",
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing", "demo": "replicate"}
+        extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing", "demo": "replicate", "plan": "score"}
         extras |= {name: name for name in ("score", "replicate", "generate")}
         extra = extras.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
@@ -181,6 +182,22 @@ def _generate(arguments: list[str]) -> None:
     generate(config)
 
 
+def _plan(arguments: list[str]) -> int:
+    """Compute what a run takes on each device, each host and on disk, from the models' configurations alone.
+
+    For a reference that runs beside the policy, whose log-probs are stored, or that a server runs. No weights are read.
+    The exit status is 1 where --device-memory is given and nothing fits. `--config FILE.yaml` reads flags from a file;
+    flags on the command line win.
+    """
+    from selective_pref_adapters.planning.options import PlanConfig
+
+    config = _options(PlanConfig, arguments, "plan")
+
+    from selective_pref_adapters.planning.command import plan
+
+    return plan(config)
+
+
 def _demo(arguments: list[str]) -> int:
     """See what Selective-DPO does, in a small language in which it is known which tokens decide.
 
@@ -210,6 +227,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "inspect": (_inspect, "pairs as the loss reads them: a page, a picture or text, and statistics over a data set"),
     "report": (_report, "one page of one run or several: curves, what differs, what it means"),
     "rows": (_rows, "how each row of a file is read and tokenised, and what is left out, before anything is trained"),
+    "plan": (_plan, "what a run takes in GPU and host memory and on disk, from the models' configurations alone"),
     "replicate": (_replicate, "the paper's tables in miniature, with controls, seeds and intervals"),
     "demo": (_demo, "the same in four minutes: what Selective-DPO does, and what it does not"),
     "generate": (_generate, "answers to Arena-Hard and MT-Bench, in the files that their own code judges"),
