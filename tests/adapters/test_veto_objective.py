@@ -130,6 +130,9 @@ def test_the_hugging_face_trainer_takes_it(
     expected = expected_loss(policy_folder, reference_folder, ROWS[:4], tmp_path)
     loss = SelectivePreferenceLoss("teacher_veto")
     assert float(loss(logps, labels, 4)) == pytest.approx(expected, rel=1e-4)
+    before = loss._bound().seen[0]
+    loss(logps, labels, 4)
+    assert loss._bound().seen[0] == before + int((labels["completion_mask"][:, 1:] != 0).sum())  # over all batches
     plain = PreferenceCollator(tokenizer, reference_store=stores[0])(pairs[:4])["labels"]
     with pytest.raises(ValueError, match="the policy's own start as scoring_ref_model"):
         loss(logps, plain, 4)

@@ -97,6 +97,7 @@ class SelectivePreferenceLoss:
             if wrong := sorted(options.keys() & set(not_read)):
                 raise ValueError(f"objective {objective!r} does not read {', '.join(wrong)}: leave it out")
         self.objective = objective
+        self._made: tuple[dict[str, float], Objective] | None = None
         self.non_finite = non_finite
         self.references = {
             key: open_reference(model)
@@ -145,7 +146,9 @@ class SelectivePreferenceLoss:
     def _bound(self, **numbers: float) -> Objective:
         if not isinstance(self.objective, str):
             return self.objective
-        return make_objective(self.objective, **{**self.options, **numbers})
+        if self._made is None or self._made[0] != numbers:  # one that counts what it sees is kept from batch to batch
+            self._made = numbers, make_objective(self.objective, **{**self.options, **numbers})
+        return self._made[1]
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of a micro-batch.

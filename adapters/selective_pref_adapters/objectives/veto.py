@@ -30,7 +30,7 @@ class TeacherVeto:
         threshold: τ in nats: vetoed is what the teacher finds that much less likely than the start does.
         floor: m in nats: how far below the teacher a vetoed token is pushed.
         sides: "both" or "labelled".
-        seen: tokens and vetoed tokens so far; None after the warning.
+        seen: how many tokens so far, and how many of them were vetoed.
     """
 
     threshold: float

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -204,5 +204,4 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _row(table: Table, name: str, sizes: Sequence[int | None]) -> None:
-    shown: Callable[[int | None], str] = lambda size: "" if size is None else f"{size / GIB:,.2f}"  # noqa: E731
-    table.add_row(name, *map(shown, sizes))
+    table.add_row(name, *("" if size is None else f"{size / GIB:,.2f}" for size in sizes))

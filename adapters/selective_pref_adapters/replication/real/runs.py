@@ -20,7 +20,7 @@ from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_
 from selective_pref_adapters.models import load_model, load_tokenizer
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import collate
-from selective_pref_adapters.replication.real.start import free, store_of, tokenized
+from selective_pref_adapters.replication.real.start import cleared, store_of, tokenized
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 BETA, RATIO = 0.01, 0.4
@@ -79,7 +79,7 @@ def path_of(folder: Path, name: str) -> Path:
 def run_cell(folder: Path, cell: RealCell) -> None:
     """Trains and measures one run; a loss that is not finite marks it as diverged. Its model is not kept."""
     scale = json.loads((folder / "made_from.json").read_text(encoding="utf-8"))
-    method, output = METHODS[cell.method], free(folder / "models" / cell.name)
+    method, output = METHODS[cell.method], cleared(folder / "models" / cell.name)
     try:
         train(
             TrainConfig(

@@ -212,7 +212,7 @@ def _initial(folder: Path, name: str, shape: tuple[int, int], scale: RealScale) 
 def _train(folder: Path, name: str, model: Path, rows: str, **options: Any) -> None:
     """A run of the training job; its folder gets its name when it is whole."""
     scale = json.loads((folder / "made_from.json").read_text(encoding="utf-8"))
-    unfinished = free(folder / f"{name}.unfinished")
+    unfinished = cleared(folder / f"{name}.unfinished")
     train(
         TrainConfig(
             model=str(model),
@@ -227,7 +227,7 @@ def _train(folder: Path, name: str, model: Path, rows: str, **options: Any) -> N
     unfinished.rename(folder / name)
 
 
-def free(path: Path) -> Path:
+def cleared(path: Path) -> Path:
     """`path` without what an interrupted run left there."""
     shutil.rmtree(path, ignore_errors=True)
     return path
