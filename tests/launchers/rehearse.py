@@ -8,8 +8,8 @@ the command, the losses, and how far they are from one process's. With --die the
 step, and what is printed is the exit status and how long the launcher took. The exit status is 1 where losses differ by
 more than a relative 1e-5, or where a run with a dead process ends well or hangs.
 
-deepspeed-pdsh needs an ssh server on port 2222 (a key without a pass phrase, `node1` and `node2` as names of this
-machine); slurm needs slurmctld and two slurmd of those names (docs/planning.md has the configuration).
+deepspeed-pdsh needs pdsh, and an ssh server on port 2222 that node1 and node2, names of this machine, reach with a key
+without a pass phrase. slurm needs what slurm.sh beside this file starts.
 """
 
 from __future__ import annotations

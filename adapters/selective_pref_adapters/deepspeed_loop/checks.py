@@ -97,7 +97,7 @@ def check_lora(config: TrainConfig) -> None:
     if config.lora_alpha is not None and not 0 < config.lora_alpha < math.inf:
         raise ValueError(f"lora_alpha must be above 0; got {config.lora_alpha}")
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_r needs PEFT, which is not installed: pip install peft")
+        raise ValueError("lora_r needs PEFT, which is not installed: pip install 'selective-pref[peft]'")
 
 
 def check_hardware(config: TrainConfig) -> None:

@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-"""The file that is locked, in the folder. It holds a number that is drawn for each run, and who made it."""
+LOCK = "_in_use.lock"
+"""The file that is locked, in the folder. It holds a number that is drawn for each run, and who made it. A name that
+begins with _ is one that a trainer does not send to the hub."""
 PATIENCE = 60.0
 """Seconds until a file that one host has made must be seen by the others; network file systems look seldom."""
 
