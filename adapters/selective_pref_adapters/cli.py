@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from selective_pref_adapters.launching.launcher import join_launcher
+from selective_pref_adapters.launching.launcher import check_address, join_launcher
 from selective_pref_adapters.recipes import bare_word, config_file, recipe_names
 
 C = TypeVar("C")
@@ -92,6 +92,7 @@ def _train(arguments: list[str]) -> None:
 
     config = _options(TrainConfig, arguments, "train")
     join_launcher()
+    check_address()
 
     from selective_pref_adapters.deepspeed_loop import leave_processes, train
 
@@ -101,6 +102,7 @@ def _train(arguments: list[str]) -> None:
 
 def _dpo(arguments: list[str]) -> None:
     join_launcher()
+    check_address()
 
     from selective_pref_adapters.trl_trainer.command import main as dpo
 

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from selective_pref_adapters.launching import together
-from selective_pref_adapters.launching.launcher import PLACE, first_host, join_launcher
+from selective_pref_adapters.launching.launcher import PLACE, check_address, first_host, join_launcher
 from selective_pref_adapters.launching.together import LOCK, own_folder
 
 Environment = dict[str, str]
@@ -134,12 +134,13 @@ def test_a_port_in_use_and_a_host_that_is_unknown() -> None:
         port = str(taken.getsockname()[1])
         first = {**place(0, 2), "MASTER_PORT": port}
         with pytest.raises(OSError, match=f"port {port} of this host cannot be opened .*: another run may use it"):
-            join_launcher(first)
+            check_address(first)
         for listens_elsewhere in (place(1, 2), place(0, 1), place(0, 2, TORCHELASTIC_USE_AGENT_STORE="True")):
-            join_launcher({**listens_elsewhere, "MASTER_PORT": port})
-    join_launcher(first)
+            check_address({**listens_elsewhere, "MASTER_PORT": port})
+    check_address(first)
+    check_address({})
     with pytest.raises(OSError, match=r"MASTER_ADDR 'no\.such\.host\.invalid' is the address of no host"):
-        join_launcher({**place(1, 2), "MASTER_ADDR": "no.such.host.invalid"})
+        check_address({**place(1, 2), "MASTER_ADDR": "no.such.host.invalid"})
 
 
 # --- one run a folder ------------------------------------------------------------------------------------------------

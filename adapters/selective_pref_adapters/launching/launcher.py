@@ -40,7 +40,6 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         ValueError: a part of the place is missing or out of range, two launchers disagree, or a launcher was asked for
             several processes and has started one.
-        OSError: the address of the first process is unknown, or its port in use.
     """
     tasks = _tasks(environ)
     if tasks is not None and not any(name in environ for name in PLACE[:3]):
@@ -58,9 +57,6 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
         _check_one_launcher(environ, tasks)
     else:
         _check_alone(environ)
-        return
-    if int(environ["WORLD_SIZE"]) > 1:
-        _check_address(environ)
 
 
 def _check_place(environ: Mapping[str, str]) -> None:
@@ -142,8 +138,14 @@ def _check_known(environ: Mapping[str, str], tasks: Tasks) -> None:
         )
 
 
-def _check_address(environ: Mapping[str, str]) -> None:
-    """Raises OSError where the first process's address is unknown, or, in the first process, its port is in use."""
+def check_address(environ: Mapping[str, str] = os.environ) -> None:
+    """Looks at what the processes find one another by. To be called once, before they do.
+
+    Raises:
+        OSError: the address of the first process is that of no host, or, in the first process, its port is in use.
+    """
+    if int(environ.get("WORLD_SIZE", "1")) == 1:
+        return
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     try:
         socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from selective_pref_adapters.deepspeed_loop.engine.memory import give_freed_memory_back
+from selective_pref_adapters.launching.launcher import check_address
 from selective_pref_adapters.options import TrainConfig
 
 
@@ -40,6 +41,8 @@ def start_processes(config: TrainConfig) -> tuple[int, int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at every start
+    if not dist.is_initialized():
+        check_address()
     try:
         deepspeed.init_distributed(
             "nccl" if torch.cuda.is_available() else "gloo",
