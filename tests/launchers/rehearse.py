@@ -41,10 +41,12 @@ class Launcher:
     """How two processes are started: one command for each host, run at the same time."""
 
     hosts: Sequence[str]
-    """Commands; {run} stands for what is run, {run_path} for the same without an option in front that means a module,
-    {port} for a free port, {file} for a hostfile, {config} for the folder of the accelerate configurations."""
+    """Commands; {run} stands for what is run, a module and its arguments,
+    {port} for a free port, {file} for a hostfile, {folder} for that of the files."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     needs: str | None = None
+    door: str = "train"
+    """`train` or `dpo`: the command that is run."""
 
 
 _RDZV = "--nnodes 2 --nproc-per-node 1 --rdzv-id rehearsal --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port}"
@@ -87,11 +89,38 @@ LAUNCHERS: dict[str, Launcher] = {
     "slurm-one-host": Launcher(
         hosts=["srun --nodes 1 --ntasks-per-node 2 --kill-on-bad-exit=1 python -m {run}"], needs="srun"
     ),
+    "trl-torchrun": Launcher(hosts=["torchrun --standalone --nproc-per-node 2 -m {run}"], door="dpo"),
+    "trl-fsdp": Launcher(
+        hosts=["accelerate launch --config_file {folder}/fsdp.yaml --main_process_port {port} --module {run}"],
+        door="dpo",
+    ),
+    "trl-zero-2": Launcher(
+        hosts=["accelerate launch --config_file {folder}/zero.yaml --main_process_port {port} --module {run}"],
+        door="dpo",
+    ),
+}
+ALONE = {"train": "python -m {run}", "dpo": "python -m {run} --gradient_accumulation_steps 4"}
+"""One process for the same steps: the loop keeps the pairs of a step by itself, TRL does not."""
+_CONFIG = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "num_machines": 1, "num_processes": 2}
+_FSDP = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
+ACCELERATE_FILES: dict[str, dict[str, object]] = {
+    "fsdp": {
+        **_CONFIG,
+        "distributed_type": "FSDP",
+        "fsdp_config": {**_FSDP, "fsdp_state_dict_type": "FULL_STATE_DICT"},
+    },
+    "zero": {
+        **_CONFIG,
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 2, "zero3_init_flag": False},
+    },
 }
 
 
 def prepare(folder: Path, model: str | None, pairs: str | None) -> dict[str, object]:
     """The options of the run, with tiny models made here unless others are given."""
+    import yaml
+
     from tiny import make_model, text_rows, write_jsonl
 
     if model is None:
@@ -104,6 +133,8 @@ def prepare(folder: Path, model: str | None, pairs: str | None) -> dict[str, obj
     else:
         rows.write_text("".join(Path(pairs).read_text(encoding="utf-8").splitlines(keepends=True)[:32]))
     (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    for name, settings in ACCELERATE_FILES.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     return {
         "model": str(policy),
         "ref_model": str(reference),
@@ -143,7 +174,7 @@ def free_port() -> int:
 
 
 def command_of(text: str, folder: Path, port: int, run: str) -> str:
-    return text.format(run=run, port=port, file=folder / "hosts")
+    return text.format(run=run, port=port, file=folder / "hosts", folder=folder)
 
 
 def start(launcher: Launcher, folder: Path, run: str) -> tuple[list[int | None], str, float]:
@@ -168,34 +199,54 @@ def start(launcher: Launcher, folder: Path, run: str) -> tuple[list[int | None],
         return statuses, said.read(), time.monotonic() - begun
 
 
+def dpo_flags(options: Mapping[str, object], out: Path) -> str:
+    """The same run by TRL's trainer, as near as its options come."""
+    flags = f"--model_name_or_path {options['model']} --ref_model_name_or_path {options['ref_model']} "
+    flags += f"--dataset_name {options['pairs']} --max_length {options['max_length'] or 64} --output_dir {out} "
+    flags += "--use_cpu --bf16 false --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 3 "
+    return (
+        flags
+        + "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --report_to none --gradient_checkpointing 0"
+    )
+
+
 def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Those of the log; TRL's is in its checkpoint."""
+    if (folder / "metrics.jsonl").exists():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    else:
+        lines = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     return [line[name] for line in lines for name in ("eval_loss", "loss") if name in line]
 
 
 def rehearse(
     name: str, launcher: Launcher, folder: Path, options: Mapping[str, object], alone: list[float] | None
-) -> bool:
-    """Runs, prints what came of it; returns whether it is as it should be."""
+) -> list[float]:
+    """Runs, prints what came of it. Returns the losses; none where they are not those of `alone`."""
     import yaml
 
     out = folder / f"run-{name}"
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({**options, "output_dir": str(out)}))
     run = f"{CLI} train --config {folder / name}.yaml"
+    if launcher.door == "dpo":
+        run = f"{CLI} dpo {dpo_flags(options, out)}"
     statuses, said, seconds = start(launcher, folder, run)
     shown = "\n".join(f"$ {command_of(host, Path('.'), 29500, f'{CLI} train ...')}" for host in launcher.hosts)
     print(f"\n### {name}\n{shown}")
     if any(statuses):
-        print(f"exit status {statuses} after {seconds:.0f} s:\n{said[-6000:]}")
-        return False
+        errors = "\n".join(
+            [line for line in said.splitlines() if "Error" in line or line.startswith("selective-pref")][:9]
+        )
+        print(f"exit status {statuses} after {seconds:.0f} s:\n{errors}\n...\n{said[-3000:]}", flush=True)
+        return []
     found = losses(out)
     print(f"losses {' '.join(f'{loss:.6f}' for loss in found)}", flush=True)
     if alone is None:
-        return True
+        return found
     apart = max(abs(ours / theirs - 1) for ours, theirs in zip(found, alone, strict=True))
-    tables = said.count("held-out ")
-    print(f"{apart:.0e} from one process's, tables of results printed: {tables}, {seconds:.0f} s", flush=True)
-    return apart <= TOLERANCE and tables == 1
+    tables = said.count("held-out ") if launcher.door == "train" else said.count("model saved to")
+    print(f"{apart:.0e} from one process's, results printed {tables} times, {seconds:.0f} s", flush=True)
+    return found if apart <= TOLERANCE and tables == 1 else []
 
 
 def die(name: str, launcher: Launcher, folder: Path, options: Mapping[str, object]) -> bool:
@@ -228,19 +279,19 @@ def main() -> int:
         folder = Path(name)
         os.environ["PYTHONPATH"] += os.pathsep + str(folder)
         options = prepare(folder, chosen.model, chosen.pairs)
-        alone = None
-        if not chosen.die:
-            if not rehearse("alone", Launcher(hosts=["python -m {run}"]), folder, options, None):
-                return 1
-            alone = losses(folder / "run-alone")
+        alone: dict[str, list[float]] = {}
         for label in chosen.names or LAUNCHERS:
             launcher = LAUNCHERS[label]
             if launcher.needs is not None and shutil.which(launcher.needs) is None:
                 print(f"\n### {label}: {launcher.needs} is not installed")
-            elif chosen.die:
+            elif chosen.die and launcher.door == "train":
                 good &= die(label, launcher, folder, options)
-            else:
-                good &= rehearse(label, launcher, folder, options, alone)
+            elif not chosen.die:
+                door = launcher.door
+                if door not in alone:
+                    one = Launcher(hosts=[ALONE[door]], door=door)
+                    alone[door] = rehearse(f"{door} alone".replace(" ", "-"), one, folder, options, None)
+                good &= bool(rehearse(label, launcher, folder, options, alone[door]))
     return 0 if good else 1
 
 

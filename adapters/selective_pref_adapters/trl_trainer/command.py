@@ -64,7 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     for flag, module in (("--deepspeed", "deepspeed"), ("--use_peft", "peft")):
         if flag in words and importlib.util.find_spec(module) is None:
             raise ValueError(f"{flag} needs {module}, which is not installed: pip install 'selective-pref[{module}]'")
-    if "--deepspeed" in words and not torch.cuda.is_available():
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its configuration asks for DeepSpeed
+    if ("--deepspeed" in words or by_accelerate) and not torch.cuda.is_available():
         start_deepspeed_on_cpu()
     script, args, model, mixture = parser.parse_args_and_config(args=words)
     if not model.model_name_or_path:
