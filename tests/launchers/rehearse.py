@@ -204,10 +204,8 @@ def dpo_flags(options: Mapping[str, object], out: Path) -> str:
     flags = f"--model_name_or_path {options['model']} --ref_model_name_or_path {options['ref_model']} "
     flags += f"--dataset_name {options['pairs']} --max_length {options['max_length'] or 64} --output_dir {out} "
     flags += "--use_cpu --bf16 false --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 3 "
-    return (
-        flags
-        + "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --report_to none --gradient_checkpointing 0"
-    )
+    flags += "--learning_rate 1e-3 --logging_steps 1 --save_strategy steps --save_steps 3 --report_to none "
+    return flags + "--gradient_checkpointing 0"
 
 
 def losses(folder: Path) -> list[float]:
