@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -69,6 +70,7 @@ def job(folder: Path, cases: list[tuple[str, int, bool]]) -> None:
     for dtype, stage, checkpointing in cases:
         name = f"{dtype} {stage} {checkpointing}"
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            torch.empty(1)  # what is counted before
             loop.train(
                 TrainConfig(
                     model=str(folder / "policy"),
@@ -85,6 +87,7 @@ def job(folder: Path, cases: list[tuple[str, int, bool]]) -> None:
                     share_prefix="off",
                 )
             )
+            gc.collect()  # what is freed when nobody looks would count for ever
         trace = folder / f"trace-{os.environ['RANK']}.json"
         seen.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
@@ -93,9 +96,10 @@ def job(folder: Path, cases: list[tuple[str, int, bool]]) -> None:
         begin, end = last["ts"], last["ts"] + last["dur"]
         held = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"]
         held.sort()
+        start = held[0][1]
         before = [size for at, size in held if at < begin]
         during = [size for at, size in held if begin <= at <= end]
-        measured[name] = {"between": before[-1], "peak": max(during)}
+        measured[name] = {"between": before[-1] - start, "peak": max(during) - start, "left": start}
         del seen, events, held
         torch.distributed.barrier()
     (folder / f"measured-{os.environ['RANK']}.json").write_text(json.dumps(measured))
@@ -141,6 +145,7 @@ def main() -> None:
             total = sum(parts.values()) / MIB
             print(f"| {case[0]}, {case[1]} | {lasting / MIB:.0f} | {between:.0f} | {total:.0f} | {peak:.0f} |")
             if options.parts:
+                print("of earlier runs:", round(max(one[key]["left"] for one in found) / MIB, 1))
                 print({part: round(size / MIB, 1) for part, size in parts.items()})
 
 
