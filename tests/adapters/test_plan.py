@@ -84,6 +84,19 @@ def test_activations_are_near_what_autograd_keeps_of_a_real_forward_pass(config:
     assert inputs < whole / 4
 
 
+MEASURED = {0: 633, 1: 2382, 2: 2382, 3: 858}
+"""MiB that `tests/benchmarks/bench_plan.py` has seen allocated at the most in a step, by ZeRO stage; float32."""
+
+
+def test_sums_are_near_what_two_processes_were_seen_to_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"vocab_size": 8186, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    model = saved(tmp_path, **shape, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64)
+    flags = ["--devices", "2", "--dtype", "float32", "--max-length", "64", "--no-gradient-checkpointing"]
+    totals = planned(capsys, "--model", model, *flags)["device_total_by_zero_stage"]
+    for stage, held in MEASURED.items():
+        assert 0.98 * held <= totals[str(stage)]["running"] / 2**20 <= 1.03 * held, stage
+
+
 def test_a_mixture_counts_all_its_experts(tmp_path: Path) -> None:
     config = MixtralConfig(**SHAPE, num_local_experts=8)
     config.save_pretrained(tmp_path)
