@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, T5Config
 
 from selective_pref_adapters.cli import main
@@ -84,6 +85,22 @@ def test_activations_are_near_what_autograd_keeps_of_a_real_forward_pass(config:
     assert inputs < whole / 4
 
 
+class Square(nn.Module):
+    """A body whose backward pass needs one tensor twice."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        numbers = input_ids.float().requires_grad_()
+        return numbers * numbers
+
+
+def test_memory_that_is_kept_twice_counts_once() -> None:
+    assert saved_bytes(Square(), torch.zeros(2, 8, dtype=torch.long)) == (2 * 8 * 4, 2 * 8 * 4)
+
+
 MEASURED = {0: 633, 1: 2382, 2: 2382, 3: 858}
 """MiB that `tests/benchmarks/bench_plan.py` has seen allocated at the most in a step, by ZeRO stage; float32."""
 
@@ -112,6 +129,8 @@ def test_a_plan_reads_no_weights_and_says_what_to_change(tmp_path: Path, capsys:
     plan = planned(capsys, *flags, "--no-gradient-checkpointing", "--batch-size", "4")
     ways = plan["ways"]
     reference_bytes = 2 * plan["models"]["reference"]["parameters"]
+    kept = activations(model_size(policy).config, sequences=2, length=64, dtype=torch.bfloat16)
+    assert ways["stored"]["device"]["activations"] == 4 * kept.whole
     assert plan["settings"]["max_length"] == 64
     assert ways["running"]["device"]["reference: weights"] == reference_bytes
     assert "reference: weights" not in ways["stored"]["device"]
@@ -128,6 +147,7 @@ def test_a_plan_reads_no_weights_and_says_what_to_change(tmp_path: Path, capsys:
     assert (stored["fits"], stored["change"]) == (False, ["--gradient-checkpointing"])
     again = planned(capsys, *flags, "--gradient-checkpointing", "--batch-size", "4", "--device-memory", room)
     assert again["ways"]["stored"]["fits"]
+    assert again["ways"]["stored"]["device"]["activations"] == 4 * (kept.inputs + kept.layer)
     assert again["ways"]["stored"]["device_total"] == stored["device_total_then"]
 
 
