@@ -282,6 +282,21 @@ MAY_CHANGE_ON_RESUME = frozenset(
 )
 """Options that leave the weights as they would have been; a change of any other is refused when a run is resumed."""
 
+MAY_DIFFER_ON_HOSTS = frozenset(
+    {
+        "model",
+        "pairs",
+        "eval_pairs",
+        "ref_model",
+        "reference_store",
+        "scoring_ref_model",
+        "scoring_reference_store",
+        "output_dir",
+        "deepspeed_config",
+    }
+)
+"""Paths: a host may have its own copy. Every other option must be the same in all processes of a run."""
+
 
 @dataclass(kw_only=True)
 class ScoreConfig:

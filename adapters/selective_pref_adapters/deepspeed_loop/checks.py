@@ -20,9 +20,10 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
+from selective_pref_adapters.launching.together import LOCK
 from selective_pref_adapters.objectives import make_objective, needs_reference, unread
 from selective_pref_adapters.objectives.veto import NO_START
-from selective_pref_adapters.options import LossOptions, TrainConfig
+from selective_pref_adapters.options import MAY_DIFFER_ON_HOSTS, LossOptions, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
 from selective_pref_adapters.sharded import whole_shape
 
@@ -96,7 +97,7 @@ def check_lora(config: TrainConfig) -> None:
     if config.lora_alpha is not None and not 0 < config.lora_alpha < math.inf:
         raise ValueError(f"lora_alpha must be above 0; got {config.lora_alpha}")
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_r needs PEFT, which is not installed: pip install peft")
+        raise ValueError("lora_r needs PEFT, which is not installed: pip install 'selective-pref[peft]'")
 
 
 def check_hardware(config: TrainConfig) -> None:
@@ -112,7 +113,7 @@ def check_hardware(config: TrainConfig) -> None:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank} of this machine has no device: there are {torch.cuda.device_count()}. Start as many "
-            "processes as there are devices"
+            "processes as there are devices, and let each see all of them (srun --gpus-per-node, not --gpus-per-task)"
         )
 
 
@@ -134,7 +135,7 @@ def usable_folder(config: TrainConfig) -> Path:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):  # a killed run leaves its lock
         if not (folder / "run.json").exists():
             raise ValueError(
                 f"output_dir {folder} is not empty: choose another, or move it away (nothing is overwritten)"
@@ -147,6 +148,11 @@ def usable_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
     return folder
+
+
+def options_of_all(config: TrainConfig) -> dict[str, object]:
+    """The options that must be the same in all processes of a run: all but paths."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER_ON_HOSTS}
 
 
 def warm_up_note(config: TrainConfig, steps: int) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from selective_pref_adapters.deepspeed_loop.checks import (
     check_space,
     configured_objective,
     image_note,
+    options_of_all,
     usable_folder,
     warm_up_note,
 )
@@ -74,6 +76,8 @@ from selective_pref_adapters.deepspeed_loop.state import (
     metrics_of_step,
 )
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.launching.launcher import join_launcher
+from selective_pref_adapters.launching.together import own_folder
 from selective_pref_adapters.model_checks import check_padding, check_policy
 from selective_pref_adapters.models import load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
@@ -121,9 +125,16 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteError: a log-prob or a gradient became NaN or infinite (names step, rows and tokens), unless
             `config.non_finite` is "skip".
     """
+    join_launcher()
     check_config(config)
     output_dir = usable_folder(config)
     rank, world_size = start_processes(config)
+    with own_folder(output_dir, options_of_all(config)):
+        return run_in(output_dir, config, rank, world_size)
+
+
+def run_in(output_dir: Path, config: TrainConfig, rank: int, world_size: int) -> TrainResult:
+    """The whole run in a folder that is its own, in process `rank` of `world_size`."""
     checkpoint = checkpoint_to_resume(config, output_dir)
     console = Console(stderr=True, quiet=rank > 0)
     disable_progress_bar()  # of transformers, at loading and saving

@@ -8,6 +8,7 @@ in `recipes/dpo` may be named by their file name alone.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from trl import (
     get_quantization_config,
 )
 
+from selective_pref_adapters.launching.together import own_folder
 from selective_pref_adapters.pairs import parse_columns, read_rows
 from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, splits_of
 from selective_pref_adapters.recipes import bare_word, config_file
@@ -59,7 +61,11 @@ def main(arguments: Sequence[str]) -> None:
         "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
     words = with_config_file(parser, arguments)
-    if "--deepspeed" in words and not torch.cuda.is_available():
+    for flag, module in (("--deepspeed", "deepspeed"), ("--use_peft", "peft")):
+        if flag in words and importlib.util.find_spec(module) is None:
+            raise ValueError(f"{flag} needs {module}, which is not installed: pip install 'selective-pref[{module}]'")
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its configuration asks for DeepSpeed
+    if ("--deepspeed" in words or by_accelerate) and not torch.cuda.is_available():
         start_deepspeed_on_cpu()
     script, args, model, mixture = parser.parse_args_and_config(args=words)
     if not model.model_name_or_path:
@@ -70,9 +76,19 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    with own_folder(Path(str(args.output_dir)), {}):
+        trainer = _trained(script, args, model, mixture)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _trained(
+    script: SelectiveDPOArguments, args: SelectiveDPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig
+) -> SelectiveDPOTrainer:
+    """The trainer, when it has saved its model."""
     splits = load_splits(script, mixture, args)
     trainer = SelectiveDPOTrainer(
-        model=model.model_name_or_path,
+        model=str(model.model_name_or_path),
         ref_model=script.ref_model_name_or_path,
         args=args,
         train_dataset=split_of(splits, script.dataset_train_split),
@@ -86,8 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"model saved to {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
 
 
 def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
