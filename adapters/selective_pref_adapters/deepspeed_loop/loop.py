@@ -60,7 +60,6 @@ from selective_pref_adapters.deepspeed_loop.sampling import (
     evaluation_batches,
     make_order,
     number_of_steps,
-    pair_length,
     pairs_per_step,
     places,
     share_of,
@@ -145,7 +144,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_padding(tokenizer, models)
     max_length = usable_length(config.max_length, models)
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
-    check_pairs([*train_pairs, *eval_pairs], models, stores)
+    check_pairs([train_pairs, eval_pairs], models, stores)
     notes += about_pairs
     per_step = pairs_per_step(config, world_size)
     steps = number_of_steps(config, len(train_pairs), per_step)
@@ -159,7 +158,7 @@ def train(config: TrainConfig) -> TrainResult:
         console.print(f"this run is finished, so nothing was done: {output_dir}", soft_wrap=True)
         return finished
 
-    fill_stores(config, tokenizer, opened, [*train_pairs, *eval_pairs], progress=rank == 0)
+    fill_stores(config, tokenizer, opened, [train_pairs, eval_pairs], progress=rank == 0)
     engine, scheduler = start_engine(config, policy, steps, per_step)
     for source in sources.values():
         if isinstance(source, AdapterOffReference):
@@ -180,7 +179,7 @@ def train(config: TrainConfig) -> TrainResult:
     )
     progress = run.progress
     save = partial(save_checkpoint, engine, output_dir / "checkpoints", progress, identity, config.keep_checkpoints)
-    order = make_order([pair_length(pair) for pair in train_pairs], per_step, config.seed, config.group_by_length)
+    order = make_order(train_pairs.lengths, per_step, config.seed, config.group_by_length)
     resumed_at = None if checkpoint is None else progress.step
     with StopRequest() as stop, RunLog(output_dir, config, identity, resumed_at, writes=rank == 0) as log:
         if checkpoint is None:
@@ -283,8 +282,10 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
     run.engine.eval()
     batches = evaluation_batches(eval_pairs, run.config.batch_size, run.rank, run.world_size)
     seen: list[tuple[dict[str, torch.Tensor], int]] = []
+    done = 0
     with torch.no_grad():
         for pairs, count in batches:
+            done += 1
             out = losses_of(run, pairs, count)
             if finite_everywhere(out.losses):
                 seen.append((diagnostics(out, chosen_only=run.chosen_only), count))
@@ -294,7 +295,7 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
         read = [losses_of(run, pairs) for pairs in run.pictures.batches]
     run.engine.train()
     means = mean_over_pairs([metrics for metrics, _ in seen], [count for _, count in seen])
-    means |= {"skipped_batches": float(len(batches) - len(seen))} if len(seen) < len(batches) else {}
+    means |= {"skipped_batches": float(done - len(seen))} if len(seen) < done else {}
     metrics = {f"eval_{name}": value for name, value in means.items()}
     log.write(run.progress.step, epoch, metrics)
     run.pictures.draw(read, log, run.progress.step)

@@ -281,7 +281,7 @@ def show_stat(config: ScoreConfig, console: Console) -> None:
                 lacking = store.missing_rows(rows.values())
                 cells.append(f"{len(lacking)} of {len(rows)}")
                 if lacking:
-                    notes.append(f"{store.space.label}: {store.lengths(list(rows.values()))}")
+                    notes.append(f"{store.space.label}: {store.lengths([len(row.ids) for row in rows.values()])}")
             table.add_row(*cells)
     console.print(table)
     if notes:

@@ -84,7 +84,8 @@ class Block:
 
 def blocks(rows: Iterable[RawRow], tokenizer: Tokenizer, making: Making, workers: int) -> Iterator[Block]:
     """The rows' blocks, in order. Raises as `encode_rows` does."""
-    parts = iter(lambda todo=iter(rows): list(islice(todo, ROWS_AT_ONCE)), [])
+    todo = iter(rows)
+    parts = iter(lambda: list(islice(todo, ROWS_AT_ONCE)), [])
     if workers == 1:
         for part in parts:
             yield made(part, tokenizer, making)
