@@ -15,7 +15,7 @@ from selective_pref_adapters.objectives import CHOSEN_ONLY
 from selective_pref_adapters.objectives.named_losses import check_pair_weights, weights_line
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import RowError, parse_columns
-from selective_pref_adapters.pairs.cached import Making, PairTable, TokenizedRows, tokenized_rows
+from selective_pref_adapters.pairs.large import Making, PairTable, TokenizedRows, tokenized_rows
 from selective_pref_adapters.reference_store import ReferenceStore
 
 
@@ -24,7 +24,7 @@ def load_pairs(
 ) -> tuple[PairTable, PairTable, list[str]]:
     """(training pairs, evaluation pairs, what a reader should know about them and about this machine).
 
-    The ids come from the cache, where `config.data_cache` has them: see `pairs.cached`.
+    The ids come from the cache, where `config.data_cache` has them: see `pairs.large`.
     """
     notes: list[str] = []
     if config.dtype == "bfloat16" and not torch.cuda.is_available():

@@ -22,7 +22,7 @@ from selective_pref_adapters.monitoring import SELF_REFERENCE
 from selective_pref_adapters.objectives import selects
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import check_same_tokenizer
-from selective_pref_adapters.pairs.cached import PairTable
+from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
 

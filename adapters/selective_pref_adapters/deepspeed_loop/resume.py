@@ -28,7 +28,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
 )
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.options import MAY_CHANGE_ON_RESUME, TrainConfig
-from selective_pref_adapters.pairs.cached import PairTable
+from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference
 

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selective_pref_adapters.pairs.cached.naming import Making
 from selective_pref_adapters.pairs.collate import TokenizedPair
+from selective_pref_adapters.pairs.large.naming import Making
 from selective_pref_adapters.pairs.report import NO_COMPLETION, UNSEEN, TokenizationReport
 from selective_pref_adapters.pairs.rows import SKIP, RowError, held_out_prompts
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from selective_pref_adapters.pairs.cached.naming import Making
 from selective_pref_adapters.pairs.collate import TokenizedPair, row_key
 from selective_pref_adapters.pairs.files import RawRow
+from selective_pref_adapters.pairs.large.naming import Making
 from selective_pref_adapters.pairs.rendering import Tokenizer
 from selective_pref_adapters.pairs.rows import PreferenceRow, RowError
 from selective_pref_adapters.pairs.schemas import preference_row

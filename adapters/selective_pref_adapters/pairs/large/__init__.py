@@ -6,8 +6,8 @@ In: a source of rows, a tokenizer, how rows are cut. Out: `TokenizedRows`, of wh
 `TokenizedPair`s that hold none of them in memory. What is read back equals what `tokenize_pairs` makes of the rows.
 """
 
-from selective_pref_adapters.pairs.cached.folder import AUTO, OFF, default_folder, tokenized_rows
-from selective_pref_adapters.pairs.cached.naming import Making
-from selective_pref_adapters.pairs.cached.table import PairTable, TokenizedRows
+from selective_pref_adapters.pairs.large.folder import AUTO, OFF, default_folder, tokenized_rows
+from selective_pref_adapters.pairs.large.naming import Making
+from selective_pref_adapters.pairs.large.table import PairTable, TokenizedRows
 
 __all__ = ["AUTO", "OFF", "Making", "PairTable", "TokenizedRows", "default_folder", "tokenized_rows"]

@@ -28,10 +28,10 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from selective_pref_adapters.files import existing, sync, write_whole
-from selective_pref_adapters.pairs.cached.making import ABOUT, PAIRS, Block, blocks
-from selective_pref_adapters.pairs.cached.naming import Making, content_of, name_of
-from selective_pref_adapters.pairs.cached.table import TokenizedRows
 from selective_pref_adapters.pairs.files import raw_rows
+from selective_pref_adapters.pairs.large.making import ABOUT, PAIRS, Block, blocks
+from selective_pref_adapters.pairs.large.naming import Making, content_of, name_of
+from selective_pref_adapters.pairs.large.table import TokenizedRows
 from selective_pref_adapters.pairs.rendering import Tokenizer
 from selective_pref_adapters.pairs.rows import SKIP, RowError
 from selective_pref_adapters.pairs.tokenize import check_truncation
