@@ -164,6 +164,9 @@ class TrainConfig(LossOptions, TrainInputs):
     """Where token ids are kept and found again: a folder, auto for one beside the caches of datasets, off for none."""
     data_workers: int = 1
     """Processes that tokenise rows, where their ids are not in the cache."""
+    streaming: bool = False
+    """Read rows as they are needed, in their own order, and keep no ids; needs max_steps, and eval_pairs or
+    eval_fraction 0."""
     lora_r: int | None = None
     """Train LoRA adapters of this rank in place of all weights. Without ref_model and reference_store the policy with
     its adapters switched off is the reference."""

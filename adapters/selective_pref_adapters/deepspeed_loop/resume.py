@@ -28,7 +28,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
 )
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.options import MAY_CHANGE_ON_RESUME, TrainConfig
-from selective_pref_adapters.pairs.large import PairTable
+from selective_pref_adapters.pairs.large import PairStream, PairTable
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference
 
@@ -36,7 +36,7 @@ from selective_pref_adapters.references import Reference, RunningReference, Stor
 def identity_of(
     config: TrainConfig,
     world_size: int,
-    train_pairs: PairTable,
+    train_pairs: PairTable | PairStream,
     eval_pairs: PairTable,
     references: Mapping[str, Reference | None],
 ) -> dict[str, Any]:
@@ -54,7 +54,10 @@ def identity_of(
         if isinstance(reference, RunningReference):
             sources[f"{name.replace(' ', '_')}_weights"] = model_identity(reference.model)["weights"]
     named = {"training_data": train_pairs, "evaluation_data": eval_pairs}
-    data = {name: f"{len(pairs)} pairs, {pairs.digest()}" for name, pairs in named.items()}
+    data = {
+        name: pairs.known_by() if isinstance(pairs, PairStream) else f"{len(pairs)} pairs, {pairs.digest()}"
+        for name, pairs in named.items()
+    }
     return {**options, **sources, "processes": world_size, **data}
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ _SPLITS = {
 }
 
 
-def raw_rows(source: str | Path, notes: list[str]) -> Iterator[RawRow]:
+def raw_rows(source: str | Path, notes: list[str]) -> Generator[RawRow, None, None]:
     """Everything that stands at `source`, in order; `notes` gets a line for each choice that was made.
 
     Raises:
@@ -45,12 +45,12 @@ def raw_rows(source: str | Path, notes: list[str]) -> Iterator[RawRow]:
     elif path.is_file():
         if split is not None:
             raise ValueError(f"{path} is one file and has no splits: leave ':{split}' out")
-        yield from _of_file(path, path.name)
+        yield from rows_of_file(path, path.name)
     elif is_saved_dataset(path):
         yield from _of_saved_dataset(path, split)
     else:
         for file in files_of(path, split, notes):
-            yield from _of_file(file, str(file.relative_to(path)))
+            yield from rows_of_file(file, str(file.relative_to(path)))
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -165,8 +165,8 @@ def _of_hub(source: str) -> Iterator[RawRow]:
         yield f"{name}:{split or 'train'}, row {number}", row
 
 
-def hub_dataset(source: str) -> Any:
-    """What the hub gives under `owner/name` or `owner/name:split`, as a `datasets.Dataset`."""
+def hub_dataset(source: str, streaming: bool = False) -> Any:
+    """What the hub gives under `owner/name` or `owner/name:split`: a `datasets.Dataset` or `IterableDataset`."""
     name, _, split = source.partition(":")
     absent = f"no preference pairs at {source}: expected {_EXPECTED} (owner/name:split)"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or kind_of(Path(name))[0]:
@@ -175,7 +175,7 @@ def hub_dataset(source: str) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        return load_dataset(name, split=split or "train")
+        return load_dataset(name, split=split or "train", streaming=streaming)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{absent}. The hub does not give it either: {error}") from error
     except DatasetGenerationError as error:
@@ -189,7 +189,8 @@ def hub_dataset(source: str) -> Any:
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-def _of_file(path: Path, name: str) -> Iterator[RawRow]:
+def rows_of_file(path: Path, name: str) -> Iterator[RawRow]:
+    """The rows of one file, which is called `name` in their places; raises ValueError where it cannot be read."""
     kind, packed = kind_of(path)
     if not kind:
         raise ValueError(f"cannot read {path}: expected {_EXPECTED}")
@@ -266,7 +267,9 @@ def _parquet(file: Any, name: str) -> Iterator[RawRow]:
 
     try:
         number = 0
-        for batch in parquet.ParquetFile(BufferReader(file.read())).iter_batches():
+        unpacked = isinstance(getattr(file, "raw", None), io.FileIO)  # it is then read part by part
+        whole = parquet.ParquetFile(file if unpacked else BufferReader(file.read()))
+        for batch in whole.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield f"{name}, row {number}", row
                 number += 1

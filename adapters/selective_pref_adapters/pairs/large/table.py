@@ -51,12 +51,12 @@ class PairTable(Sequence[TokenizedPair]):
         """A pair, or a table of some."""
         if isinstance(index, slice):
             return PairTable(self.data, self.about, self.rows[index])
-        return _pair(self.data[int(self.rows[index])])
+        return as_pair(self.data[int(self.rows[index])])
 
     def __getitems__(self, indices: Sequence[int]) -> list[TokenizedPair]:
         """Several pairs at once, as torch's data loader asks for a batch."""
         some = self.data[self.rows[list(indices)].tolist()]
-        return [_pair(dict(zip(some, values, strict=True))) for values in zip(*some.values(), strict=True)]
+        return [as_pair(dict(zip(some, values, strict=True))) for values in zip(*some.values(), strict=True)]
 
     def __iter__(self) -> Iterator[TokenizedPair]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
@@ -100,7 +100,17 @@ class PairTable(Sequence[TokenizedPair]):
         return self.about[name].to_numpy()[self.rows]
 
 
-def _pair(row: Mapping[str, Any]) -> TokenizedPair:
+def no_pairs() -> PairTable:
+    """A table without pairs."""
+    empty = pa.table({"longest": pa.array([], pa.int32()), "highest": pa.array([], pa.int32())})
+    about = empty.append_column("weight", pa.array([], pa.float64()))
+    for name in ("chosen_key", "rejected_key"):
+        about = about.append_column(name, pa.array([], pa.binary()))
+    return PairTable([], about, np.arange(0))
+
+
+def as_pair(row: Mapping[str, Any]) -> TokenizedPair:
+    """A dict with the fields of `TokenizedPair` as one."""
     spans = {
         name: tuple((start, end) for start, end in row[name]) for name in ("chosen_uncounted", "rejected_uncounted")
     }
