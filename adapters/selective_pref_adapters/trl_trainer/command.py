@@ -155,6 +155,7 @@ def rows_on_disk(source: str, columns: str | None, skip_malformed: bool) -> tupl
         OSError: the cache cannot be written to.
     """
     notes: list[str] = []
+    about: list[str] = []
     with closing(raw_rows(source, notes)) as raw:
         next(raw, None)  # which says what is read of a folder
     how = {"source": source, "columns": columns, "skip": skip_malformed}
@@ -171,14 +172,14 @@ def rows_on_disk(source: str, columns: str | None, skip_malformed: bool) -> tupl
     malformed = counts.pop(_MALFORMED, 0)
     if malformed:
         wrong = pc.index(rows.data[_SCHEMA], _MALFORMED).as_py()
-        notes.append(f"{malformed} malformed rows left out, the first: {rows[wrong][READ_ROW]}")
+        about.append(f"{malformed} malformed rows left out, the first: {rows[wrong][READ_ROW]}")
         rows = rows.select(
             np.flatnonzero(pc.not_equal(rows.data[_SCHEMA].combine_chunks(), _MALFORMED).to_numpy(False))
         )
     if not len(rows):
         raise ValueError(f"{source} holds no rows" + (f" but {malformed} malformed ones" if malformed else ""))
     read = ", ".join(f"{schema} rows: {count}" for schema, count in Counter(counts).most_common())
-    return rows.remove_columns(_SCHEMA), [f"{Path(source).name}: {read}", *notes]
+    return rows.remove_columns(_SCHEMA), [*notes, f"{Path(source).name}: {read}", *about]
 
 
 _SCHEMA, _MALFORMED = "schema", "malformed"
