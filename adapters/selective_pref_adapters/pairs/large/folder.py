@@ -128,7 +128,7 @@ def _opened(entry: Path, making: Making) -> TokenizedRows | None:
             return None
         data = Dataset.from_file(str(entry / _PAIRS))
         about = Dataset.from_file(str(entry / _ABOUT), in_memory=True).data.table
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
         return None
     return _rows(data, about, making, known["notes"], known["unread"], known["first_unread"])
 
