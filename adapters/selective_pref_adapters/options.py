@@ -313,6 +313,10 @@ class ScoreConfig:
     """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
     """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
+    data_cache: str = "auto"
+    """Where token ids are kept and found again: a folder, auto for one beside the caches of datasets, off for none."""
+    data_workers: int = 1
+    """Processes that tokenise rows, where their ids are not in the cache."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the reference's weights; log-probs are stored in float32."""
     attention: str | None = None

@@ -20,6 +20,7 @@ from selective_pref_adapters.pairs.large import (
     PairStream,
     PairTable,
     TokenizedRows,
+    malformed_note,
     no_pairs,
     stream_of,
     streamed_pairs,
@@ -71,7 +72,7 @@ def load_pairs(
             notes += [f"{common} of {len(others)} evaluation rows have a prompt that is trained on"] if common else []
         parts["evaluation"] = (others, np.arange(len(others)))
     tables = {which: _table(which, part, config, notes) for which, part in parts.items() if len(part[1])}
-    notes += _malformed_note(list(parts.values()))
+    notes += malformed_note(list(parts.values()))
     trained = _stream(config, tokenizer, making) if config.streaming else tables["training"]
     return trained, tables.get("evaluation", no_pairs()), notes
 
@@ -98,15 +99,6 @@ def _table(which: str, part: Part, config: TrainConfig, notes: list[str]) -> Pai
     check_pair_weights(weights, config.loss_type, f"{which} pairs")
     notes.extend(f"{which}: {line}" for line in weights_line(weights))
     return pairs
-
-
-def _malformed_note(parts: Sequence[Part]) -> list[str]:
-    """A sentence about the rows that are no pairs, or that the chat template refuses, with the first of them."""
-    sources = {id(rows): rows for rows, _ in parts}.values()
-    refused = [text for rows, some in parts for text in rows.refused(some)]
-    count = sum(rows.unread for rows in sources) + len(refused)
-    said = [rows.first_unread for rows in sources if rows.unread] + refused
-    return [f"{count} malformed rows left out, the first: {said[0]}"] if said else []
 
 
 def _stream(config: TrainConfig, tokenizer: Any, making: Making) -> PairStream:

@@ -196,6 +196,20 @@ class TokenizedRows:
             )
         return PairTable(self.data, self.about, rows[kept]), report
 
-    def refused(self, rows: np.ndarray) -> list[str]:
-        """What the chat template says against some of the rows, in their order."""
-        return [text for text in self.about["refused"].take(pa.array(rows)).to_pylist() if text]
+    def refused(self, rows: np.ndarray | None = None) -> list[str]:
+        """What the chat template says against some of the rows, or any of them, in their order."""
+        said = self.about["refused"] if rows is None else self.about["refused"].take(pa.array(rows))
+        return said.filter(pc.not_equal(said, "")).to_pylist()
+
+
+def malformed_note(parts: Sequence[tuple[TokenizedRows, np.ndarray | None]]) -> list[str]:
+    """A sentence about rows that are no pairs, or that the chat template refuses, with the first of them; or none.
+
+    Args:
+        parts: sources, each with the numbers of the rows that are meant; None for all.
+    """
+    sources = {id(rows): rows for rows, _ in parts}.values()
+    refused = [text for rows, some in parts for text in rows.refused(some)]
+    count = sum(rows.unread for rows in sources) + len(refused)
+    said = [rows.first_unread for rows in sources if rows.unread] + refused
+    return [f"{count} malformed rows left out, the first: {said[0]}"] if said else []
