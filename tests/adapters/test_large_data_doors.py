@@ -31,7 +31,7 @@ def options(tmp_path: Path, policy_folder: Path, reference_folder: Path) -> dict
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "picture_pairs": 0,
-        "max_length": 20,
+        "max_length": 14,
     }
 
 
@@ -76,21 +76,21 @@ def test_a_streamed_run_reads_the_rows_in_their_order_and_is_resumed_at_the_next
         return whole(run, pairs, *rest)
 
     monkeypatch.setattr(loop, "losses_of", losses_of)
-    pairs, _ = tokenize_pairs(read_rows(options["pairs"]), AutoTokenizer.from_pretrained(policy_folder), max_length=20)
+    pairs, _ = tokenize_pairs(read_rows(options["pairs"]), AutoTokenizer.from_pretrained(policy_folder), max_length=14)
     places = [pair.place for pair in pairs]
 
     def run(name: str, **more: Any) -> Any:
         settings = {**options, "eval_fraction": 0.0, "output_dir": str(tmp_path / name), **more}
-        return train(TrainConfig(**settings, streaming=True, max_steps=12))
+        return train(TrainConfig(**settings, streaming=True, max_steps=6, gradient_accumulation_steps=2))
 
     expected = run("whole")
     assert seen == (places * 2)[:48]
-    assert [line["epoch"] for line in expected.metrics] == [step * 4 // (len(places) + 1) for step in range(1, 13)]
+    assert [line["epoch"] for line in expected.metrics] == [(step * 8 - 1) // len(places) for step in range(1, 7)]
     assert expected.summary["train_pairs"] == 48
     seen.clear()
     try:
         stop_at(7)
-        assert run("stopped", resume="auto").stopped_at == 6
+        assert run("stopped", resume="auto").stopped_at == 3
     finally:
         loop.step_engine = step_engine_of_the_loop
     del seen[24:]  # the step that was not taken
@@ -124,7 +124,7 @@ def test_the_hugging_face_trainer_takes_tables_and_streams(
 ) -> None:
     """The losses of the same pairs in memory, in their order; a stream without a length is refused."""
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
-    how = Making(max_length=20)
+    how = Making(max_length=14)
     table, _ = tokenized_rows(options["pairs"], tokenizer, how, cache=tmp_path / "ids").pairs()
     rows = [json.loads(line) for line in Path(options["pairs"]).read_text().splitlines()]
     raw = IterableDataset.from_generator(lambda: iter(rows))
