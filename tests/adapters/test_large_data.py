@@ -211,8 +211,18 @@ def test_the_ids_are_made_once_by_one_of_those_who_ask_at_the_same_time(
     assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]) == 1
 
 
-def test_two_that_make_the_same_entry_without_locks_both_end_well(file: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_two_that_make_the_same_entry_without_locks_both_end_well(
+    file: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on two machines whose shared folder has no locks: the second finds the first one's entry at its end."""
+
+    def no_locks(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("filelock.FileLock.acquire", no_locks)
+        assert len(rows_of(file, tokenizer, CUT, cache=tmp_path / "alone")) == 24
+    assert "is on a file system without locks" in caplog.text
     name, identity = name_of(file, tokenizer, CUT)
     (tmp_path / "cache").mkdir()
     for _ in range(2):
@@ -241,11 +251,15 @@ def test_what_a_killed_or_hindered_writer_leaves_is_never_read(
         patch.setattr(folder.shutil, "rmtree", lambda *_, **__: None)  # kill -9 tidies nothing up
         with pytest.raises(KeyboardInterrupt):
             ask()
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".tmp"]
+    (left,) = (path for path in cache.iterdir() if path.is_dir())
+    left.rename(left.with_name(f"{left.name.removesuffix(f'.{os.getpid()}.tmp')}.999999999.tmp"))
+    theirs = cache / f".{entry.name}.elsewhere.1.tmp"  # a writer of another machine, which is left alone
+    theirs.mkdir()
     assert list(ask().pairs()[0]) == expected
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [entry.name]
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {entry.name, theirs.name}
 
     shutil.rmtree(entry)
+    theirs.rmdir()
     whole, calls = ArrowWriter.write_table, []
 
     def full(*arguments: Any, **options: Any) -> None:

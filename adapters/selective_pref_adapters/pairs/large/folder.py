@@ -14,6 +14,8 @@ has no locks, both end with the same content, and one of them is kept.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import socket
 from collections import Counter
@@ -35,6 +37,8 @@ from selective_pref_adapters.pairs.large.table import TokenizedRows
 from selective_pref_adapters.pairs.rendering import Tokenizer
 from selective_pref_adapters.pairs.rows import SKIP, RowError
 from selective_pref_adapters.pairs.tokenize import check_truncation
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 """The cache is in `default_folder()`."""
@@ -160,7 +164,9 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
         lock.acquire()
-    except (OSError, NotImplementedError) as error:
+    except NotImplementedError:  # the entry is given its name as a whole, so no harm is done
+        logger.warning("%s is on a file system without locks: every process that finds no ids makes them", folder)
+    except OSError as error:
         raise OSError(f"the data cache {folder} cannot be written to: {error}. Remedy: {_REMEDY}") from error
     try:
         yield
@@ -196,8 +202,10 @@ class _Maker:
     def on_disk(self, folder: Path, name: str, identity: dict[str, Any]) -> None:
         """Writes the entry. Whatever ends it, nothing is left under the entry's name unless it is whole."""
         of_this_host = f".{name}.{socket.gethostname()}"
-        aside, entry = folder / f"{of_this_host}.tmp", folder / name
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: nobody else of this host is here
+        aside, entry = folder / f"{of_this_host}.{os.getpid()}.tmp", folder / name
+        for left in folder.glob(f"{of_this_host}.*.tmp"):
+            if left == aside or not _runs(int(left.suffixes[-2][1:])):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
         try:
             aside.mkdir()
             files = self._write(aside)
@@ -280,6 +288,17 @@ class _Maker:
     def _all_notes(self) -> list[str]:
         read = ", ".join(f"{schema} rows: {count}" for schema, count in self.schemas.most_common())
         return [*self.notes, f"{Path(self.source).name}: {read}"]
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _is_whole(entry: Path) -> bool:
