@@ -19,7 +19,7 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.distributed import split_dataset_by_node
 
 from selective_pref_adapters.pairs import RowError, read_rows, row_key, split_by_prompt, tokenize_pairs
-from selective_pref_adapters.pairs.large import Making, PairStream, folder, making, stream_of, streamed_pairs
+from selective_pref_adapters.pairs.large import Making, PairStream, making, stream_of, streamed_pairs, writing
 from selective_pref_adapters.pairs.large import tokenized_rows as rows_of
 from selective_pref_adapters.pairs.large.naming import name_of
 from small_tokenizers import small_tokenizer
@@ -226,7 +226,7 @@ def test_two_that_make_the_same_entry_without_locks_both_end_well(
     name, identity = name_of(file, tokenizer, CUT)
     (tmp_path / "cache").mkdir()
     for _ in range(2):
-        folder._Maker(file, tokenizer, CUT, 1, False, False).on_disk(tmp_path / "cache", name, identity)
+        writing.Maker(file, tokenizer, CUT, 1, False, False).on_disk(tmp_path / "cache", name, identity)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [name]
     assert len(rows_of(file, tokenizer, CUT, cache=tmp_path / "cache")) == 24
 
@@ -247,8 +247,8 @@ def test_what_a_killed_or_hindered_writer_leaves_is_never_read(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_whole", killed)
-        patch.setattr(folder.shutil, "rmtree", lambda *_, **__: None)  # kill -9 tidies nothing up
+        patch.setattr(writing, "write_whole", killed)
+        patch.setattr(writing.shutil, "rmtree", lambda *_, **__: None)  # kill -9 tidies nothing up
         with pytest.raises(KeyboardInterrupt):
             ask()
     (left,) = (path for path in cache.iterdir() if path.is_dir())
