@@ -223,10 +223,10 @@ def test_sigterm_to_one_stops_both_and_they_go_on_bit_by_bit(files: dict[str, Pa
 def test_held_out_pairs_are_dealt_out_evenly(weight: float | None) -> None:
     """What fills up a process's last batch has a weight where pairs have one: all processes log the same names."""
     pairs = [dataclasses.replace(FILLER, place=str(number), weight=weight) for number in range(7)]
-    dealt = [evaluation_batches(pairs, 3, rank, 2) for rank in (0, 1)]
+    dealt = [list(evaluation_batches(pairs, 3, rank, 2)) for rank in (0, 1)]
     filler = FILLER if weight is None else dataclasses.replace(FILLER, weight=1.0)
     assert dealt == [[(pairs[0:5:2], 3), ([pairs[6]], 1)], [(pairs[1:6:2], 3), ([filler], 0)]]
-    assert evaluation_batches(pairs, 4, 0, 1) == [(pairs[:4], 4), (pairs[4:], 3)]
+    assert list(evaluation_batches(pairs, 4, 0, 1)) == [(pairs[:4], 4), (pairs[4:], 3)]
 
 
 def test_each_process_takes_its_device_before_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def check_config(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 0; got {getattr(config, name)}")
     check_lora(config)
+    check_data(config)
     if config.offload_optimizer and config.zero_stage < 1:
         raise ValueError("offload_optimizer needs zero_stage 1 or above: nothing is sharded or moved at stage 0")
     if config.offload_parameters and config.zero_stage < 3:
@@ -81,6 +82,29 @@ def check_config(config: TrainConfig) -> None:
     further_settings(config)
     pairs_per_step(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_hardware(config)
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raises ValueError at options of the rows that make no sense, or cannot be had from a stream."""
+    if config.data_workers < 1:
+        raise ValueError(f"data_workers must be at least 1; got {config.data_workers}")
+    if not config.streaming:
+        return
+    if config.max_steps is None:
+        raise ValueError("streaming does not know how many rows there are: give max_steps, the length of the run")
+    if config.eval_pairs is None and config.eval_fraction:
+        raise ValueError(
+            f"streaming cannot hold out {config.eval_fraction:g} of the rows by their prompts, which are not known "
+            "beforehand: give eval_pairs, or eval_fraction 0"
+        )
+    if config.group_by_length:
+        raise ValueError("group_by_length sorts all rows, and streaming holds none: leave one of them out")
+    for prefix in ("", "scoring_"):
+        if getattr(config, f"{prefix}ref_model") and getattr(config, f"{prefix}reference_store"):
+            raise ValueError(
+                f"{prefix}ref_model fills {prefix}reference_store with all rows before the first step, which streaming "
+                f"does not see: fill it first (selective-pref score), and leave {prefix}ref_model out"
+            )
 
 
 def check_lora(config: TrainConfig) -> None:
