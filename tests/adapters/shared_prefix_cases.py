@@ -50,6 +50,7 @@ NEITHER: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "use_mamba_kernels": False,
             "num_experts": 2,
+            "experts_implementation": "eager",
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "mamba_d_state": 4,

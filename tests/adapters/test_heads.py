@@ -53,8 +53,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
     "olmo2": {},
-    "mixtral": {},
-    "qwen3_moe": {},
+    "mixtral": {"experts_implementation": "eager"},  # a torch of 2025 has the other kind on GPUs alone
+    "qwen3_moe": {"experts_implementation": "eager"},
 }
 
 

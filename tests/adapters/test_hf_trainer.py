@@ -57,7 +57,7 @@ from selective_pref_adapters.monitoring import wrong_signs
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import MissingRowsError, ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.references import AdapterOffReference, RunningReference
-from tiny import make_model, text_rows, write_jsonl
+from tiny import make_model, needs_experts, text_rows, write_jsonl
 from trajectories import COMPARED, STEPS, hf_trajectory, loop_trajectory, trl_trajectory
 
 Run = Callable[..., Trainer]
@@ -1070,6 +1070,7 @@ def experts(folder: Path, **options: Any) -> Any:
     return model_of(folder)
 
 
+@needs_experts
 def test_a_trainer_does_not_load_the_experts_of_a_checkpoint_back(
     build: Run, pairs: list[TokenizedPair], tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, read_rows, tokenize_pairs
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.seeing.runs import read_run
-from tiny import WORDS, make_mixture, make_model, make_text_and_image_model, text_rows, write_jsonl
+from tiny import WORDS, make_mixture, make_model, make_text_and_image_model, needs_experts, text_rows, write_jsonl
 
 Configure = Callable[..., TrainConfig]
 
@@ -485,6 +485,7 @@ def test_a_model_of_text_and_images_trains_and_comes_back(configure: Configure, 
     assert before["eval_logps/chosen"] == pytest.approx(after["eval_logps/chosen"], rel=1e-6)
 
 
+@needs_experts
 def test_a_mixture_of_experts_trains_and_comes_back(configure: Configure, tmp_path: Path) -> None:
     """With no loss for its router asked for; one that asks is refused, as that loss would be left out."""
     asking = make_mixture(tmp_path / "asking", seed=1, output_router_logits=True)

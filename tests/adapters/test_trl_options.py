@@ -22,7 +22,14 @@ from trl import DPOConfig, DPOTrainer
 
 from selective_pref_adapters.models import keep_trainable_in_4_bits
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from tiny import make_mixture, make_model, make_model_with_processor, make_text_and_image_model, text_rows
+from tiny import (
+    make_mixture,
+    make_model,
+    make_model_with_processor,
+    make_text_and_image_model,
+    needs_experts,
+    text_rows,
+)
 
 ROWS = text_rows(12)
 
@@ -103,6 +110,7 @@ def test_length_desensitisation_is_the_stock_trainers_but_for_the_rewards_that_a
         assert got["selection/rewards/margins"] == pytest.approx(expected["rewards/margins"], rel=1e-4)
 
 
+@needs_experts
 @pytest.mark.parametrize("coefficient", [None, 0.5])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_mixture_of_experts_learns_its_load_balance_as_the_stock_trainer_has_it(

@@ -40,7 +40,7 @@ from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPO
 from selective_pref_adapters.trl_trainer import config as trl_config
 from selective_pref_adapters.trl_trainer import reference as trl_reference
 from selective_pref_adapters.trl_trainer.config import check_trl_version
-from tiny import make_mixture, make_model, text_rows, weighted, write_jsonl
+from tiny import make_mixture, make_model, needs_experts, text_rows, weighted, write_jsonl
 
 Make = Callable[..., SelectiveDPOTrainer]
 ROWS = text_rows(48)
@@ -772,6 +772,7 @@ def experts(policy_folder: Path) -> Any:
     return MixtralForCausalLM(config)
 
 
+@needs_experts
 def test_a_mixture_of_experts_is_refused_where_a_part_would_be_lost(
     make: Make, policy_folder: Path, tmp_path: Path
 ) -> None:
