@@ -127,7 +127,7 @@ def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
         if name == "empty rank":
             train_with_empty_rank(config)
             continue
-        if name == "stopped":
+        if name.endswith("stopped"):
             stop_at(3, rank="1")
         shared = count_shared()
         result = loop.train(config)
