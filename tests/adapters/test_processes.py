@@ -262,7 +262,7 @@ def test_one_that_hangs_does_not_hold_the_others_for_ever(files: dict[str, Path]
 def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
     files: dict[str, Path], killed: Any, two: dict[str, Any]
 ) -> None:
-    """Under torchrun, with sharded weights; from its checkpoint it comes to the losses of the run that nobody killed."""
+    """Under torchrun, with sharded weights; from its checkpoint it comes to the losses of the run that was not."""
     assert killed.returncode != 0
     assert "exitcode  : -9" in killed.stderr, killed.stderr
     assert two["after the kill"]["metrics"] == two["stage 3"]["metrics"]
