@@ -102,8 +102,8 @@ class TrainerReference:
         copies = not self.stored or ((self._fsdp or zero_3) and self._fills)
         if zero_3 and self._fills and adapter and ref_model is None:
             raise ValueError(
-                "under ZeRO-3 the policy with its adapters off cannot fill a store: give the model that it stands on as "
-                "ref_model beside reference_store, or fill the store first (selective-pref score)"
+                "under ZeRO-3 the policy with its adapters off cannot fill a store: give the model that it stands on "
+                "as ref_model beside reference_store, or fill the store first (selective-pref score)"
             )
         if ref_model is not None or (needed and not adapter and copies):
             loaded = load_reference(ref_model, policy, args, quantization_config)
