@@ -20,7 +20,7 @@ from selective_pref_adapters.cli import main
 from selective_pref_adapters.deepspeed_loop import loop, sampling
 from selective_pref_adapters.options import TrainConfig
 
-PATIENCE = 150  # seconds after which a run counts as hanging
+PATIENCE = 250  # seconds after which a run counts as hanging
 
 
 def server() -> Any:
