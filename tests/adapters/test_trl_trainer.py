@@ -956,7 +956,8 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
     sharded = [f"zero3{case}" for case in ("", " store", " filled", " resumed")]
     for name in ("ddp", "ddp checkpointing", "zero2", "store", *sharded):
         for step, (one, two) in enumerate(zip(alone, lines[name]["steps"], strict=True)):
-            for metric in ("loss", "grad_norm", "rewards/margins", "entropy", "num_tokens", "selection/fraction"):
+            counted = () if name == "zero3 resumed" else ("num_tokens",)  # TRL counts from 0 again
+            for metric in ("loss", "grad_norm", "rewards/margins", "entropy", "selection/fraction", *counted):
                 assert two[metric] == pytest.approx(one[metric], rel=2e-5, abs=2e-6), (name, step, metric)
         for metric in (
             "loss",
