@@ -41,7 +41,7 @@ from selective_pref_adapters.references import (
     is_initial_policy,
     ref_logps_of,
 )
-from selective_pref_adapters.sharded import is_sharded
+from selective_pref_adapters.sharded import give_freed_memory_back, is_sharded
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ class TrainerReference:
         self._adapter = adapter
         self._engine: Any = None
         # FSDP2 shards the policy only when training begins, and ZeRO-3 lets no second engine gather its weights.
-        zero_3 = is_deepspeed_zero3_enabled()
+        if zero_3 := is_deepspeed_zero3_enabled():
+            give_freed_memory_back()
         copies = not self.stored or ((self._fsdp or zero_3) and self._fills)
         if zero_3 and self._fills and adapter and ref_model is None:
             raise ValueError(

@@ -24,10 +24,9 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from selective_pref_adapters.deepspeed_loop.engine.memory import give_freed_memory_back
 from selective_pref_adapters.heads import install_fused_head
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.sharded import is_sharded
+from selective_pref_adapters.sharded import give_freed_memory_back, is_sharded
 
 
 def start_processes(config: TrainConfig) -> tuple[int, int]:
