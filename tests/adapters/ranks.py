@@ -120,6 +120,18 @@ def count_shared() -> list[int]:
 lay_out_of_the_heads = heads.lay_out
 
 
+def count_batches() -> list[int]:
+    """How many batches are trained on from now on."""
+    batches, whole = [0], loop.step_engine
+
+    def step_engine(engine: Any) -> float:
+        batches[0] += 1
+        return whole(engine)
+
+    loop.step_engine = step_engine
+    return batches
+
+
 def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
     """All that two processes are asked to do; results go to `folder`, one file a process."""
     seen: dict[str, Any] = {}
@@ -129,11 +141,11 @@ def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
             continue
         if name.endswith("stopped"):
             stop_at(3, rank="1")
-        shared = count_shared()
+        shared, batches = count_shared(), count_batches()
         result = loop.train(config)
         loop.step_engine = step_engine_of_the_loop
         seen[name] = {"metrics": result.metrics, "summary": result.summary, "stopped_at": result.stopped_at}
-        seen[name]["shares"] = shared[0] >= 4
+        seen[name] |= {"shares": shared[0] >= 4, "batches": batches[0]}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 

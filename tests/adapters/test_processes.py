@@ -209,6 +209,7 @@ def test_adapters_on_a_sharded_policy(files: dict[str, Path], two: dict[str, Any
     assert factors
     assert all(parameter.any() for parameter in factors.values())
     assert two["adapters stopped"]["stopped_at"] == 1
+    assert two["adapters resumed"]["batches"] == 6
     assert two["adapters resumed"]["metrics"] == two["adapters"]["metrics"]
 
 
@@ -265,6 +266,7 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
     """Under torchrun, with sharded weights; from its checkpoint it comes to the losses of the run that was not."""
     assert killed.returncode != 0
     assert "exitcode  : -9" in killed.stderr, killed.stderr
+    assert [two[name]["batches"] for name in ("stage 3", "after the kill")] == [8, 6]  # it went on after the first step
     assert two["after the kill"]["metrics"] == two["stage 3"]["metrics"]
     one, other = (load_file(files["folder"] / name / "model.safetensors") for name in ("stage-3", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
