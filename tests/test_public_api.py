@@ -176,7 +176,7 @@ FLOORS = [
     {"pairs"},
     {"model_checks"},
     {"models", "fsdp"},
-    {"options", "files", "recipes", "sharded"},
+    {"options", "files", "recipes", "sharded", "launching"},
 ]
 """The rooms of the adapters, from the top down: a room imports rooms of lower floors only, or of its own folder."""
 

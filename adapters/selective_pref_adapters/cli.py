@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from selective_pref_adapters.launching.launcher import check_address, join_launcher
 from selective_pref_adapters.recipes import bare_word, config_file, recipe_names
 
 C = TypeVar("C")
@@ -21,6 +23,8 @@ C = TypeVar("C")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and re.fullmatch(r"--local[-_]rank=\d+", arguments[0]):  # deepspeed's, which is in LOCAL_RANK, too
+        del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
@@ -58,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing", "demo": "replicate", "plan": "score"}
         extras |= {name: name for name in ("score", "replicate", "generate")}
-        extra = extras.get(command, "deepspeed")
+        own = error.name if error.name in ("deepspeed", "peft", "trl") else None  # each an extra of its own
+        extra = own or extras.get(command, "deepspeed")
         print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
         return 1
     except ImportError as error:  # a version that is not supported
@@ -86,6 +91,8 @@ def _train(arguments: list[str]) -> None:
     from selective_pref_adapters.options import TrainConfig
 
     config = _options(TrainConfig, arguments, "train")
+    join_launcher()
+    check_address()
 
     from selective_pref_adapters.deepspeed_loop import leave_processes, train
 
@@ -94,6 +101,9 @@ def _train(arguments: list[str]) -> None:
 
 
 def _dpo(arguments: list[str]) -> None:
+    join_launcher()
+    check_address()
+
     from selective_pref_adapters.trl_trainer.command import main as dpo
 
     dpo(arguments)

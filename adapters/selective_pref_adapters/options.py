@@ -160,6 +160,13 @@ class TrainConfig(LossOptions, TrainInputs):
     """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
     """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
+    data_cache: str = "auto"
+    """Where token ids are kept and found again: a folder, auto for one beside the caches of datasets, off for none."""
+    data_workers: int = 1
+    """Processes that tokenise rows, where their ids are not in the cache."""
+    streaming: bool = False
+    """Read rows as they are needed, in their own order, and keep no ids; needs max_steps, and eval_pairs or
+    eval_fraction 0."""
     lora_r: int | None = None
     """Train LoRA adapters of this rank in place of all weights. Without ref_model and reference_store the policy with
     its adapters switched off is the reference."""
@@ -266,6 +273,8 @@ UNREAD: dict[str, tuple[str, ...]] = {
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir",
+        "data_cache",
+        "data_workers",
         "pairs",  # what the files hold is compared instead
         "eval_pairs",
         "eval_steps",
@@ -281,6 +290,21 @@ MAY_CHANGE_ON_RESUME = frozenset(
     }
 )
 """Options that leave the weights as they would have been; a change of any other is refused when a run is resumed."""
+
+MAY_DIFFER_ON_HOSTS = frozenset(
+    {
+        "model",
+        "pairs",
+        "eval_pairs",
+        "ref_model",
+        "reference_store",
+        "scoring_ref_model",
+        "scoring_reference_store",
+        "output_dir",
+        "deepspeed_config",
+    }
+)
+"""Paths: a host may have its own copy. Every other option must be the same in all processes of a run."""
 
 
 @dataclass(kw_only=True)
@@ -304,6 +328,10 @@ class ScoreConfig:
     """Which columns hold what, where the rows' schema is not recognised: prompt=question,chosen=good,rejected=bad."""
     skip_malformed_rows: bool = False
     """Leave out rows that are no preference pair, or refused by the chat template (counted), instead of stopping."""
+    data_cache: str = "auto"
+    """Where token ids are kept and found again: a folder, auto for one beside the caches of datasets, off for none."""
+    data_workers: int = 1
+    """Processes that tokenise rows, where their ids are not in the cache."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the reference's weights; log-probs are stored in float32."""
     attention: str | None = None

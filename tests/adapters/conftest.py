@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tiny import make_model, text_rows, write_jsonl
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_CACHES = tempfile.TemporaryDirectory(prefix="selective-pref-tests-")  # for as long as the tests run
+os.environ["HF_DATASETS_CACHE"] = _CACHES.name
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import selective_pref_adapters
-from selective_pref_adapters.cli import _flags_of_file, main
+from selective_pref_adapters.cli import COMMANDS, _flags_of_file, main
+from selective_pref_adapters.launching.launcher import PLACE
 
 RECIPES = Path(selective_pref_adapters.__file__).parent / "recipes" / "train"
 
@@ -146,3 +147,44 @@ def test_the_adapters_package_imports_no_framework() -> None:
     code = "import sys, selective_pref_adapters, selective_pref_adapters.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "transformers", "trl", "deepspeed", "jax"} & set(loaded)
+
+
+def test_launchers_put_a_flag_in_front(capsys: pytest.CaptureFixture[str]) -> None:
+    """`deepspeed` without --no_local_rank; the number is in LOCAL_RANK, too."""
+    assert main(["--local_rank=1", "--version"]) == 0
+    assert main(["--local-rank=0", "tarin"]) == 2
+    assert "no command 'tarin'" in capsys.readouterr().err
+    assert main(["--local_rank=one", "--version"]) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "dpo"])
+def test_the_place_of_the_process_is_looked_at_before_anything_is_loaded(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in PLACE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert main([command, "--model", "no such folder", "--pairs", "none"]) == 1
+    assert "the environment has RANK=1, but not WORLD_SIZE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("train", "deepspeed", "deepspeed"),
+        ("train", "torch", "deepspeed"),
+        ("train", "peft", "peft"),
+        ("dpo", "trl", "trl"),
+        ("dpo", "deepspeed", "deepspeed"),
+        ("plan", "torch", "score"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(
+    command: str, missing: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(_: list[str]) -> int:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setitem(COMMANDS, command, (lacking, ""))
+    assert main([command]) == 1
+    assert f"No module named {missing!r}: pip install 'selective-pref[{extra}]'" in capsys.readouterr().err

@@ -344,7 +344,7 @@ def test_no_rejected_side_goes_through_the_model(
 def test_a_filler_has_no_rejected_side_either() -> None:
     pair = TokenizedPair(chosen_ids=[1, 2], rejected_ids=[1, 3, 4], chosen_prompt_length=1, rejected_prompt_length=1)
     for kind in (pair, pair.chosen_only()):
-        batches = [evaluation_batches([kind] * 3, 2, rank, 2) for rank in range(2)]
+        batches = [list(evaluation_batches([kind] * 3, 2, rank, 2)) for rank in range(2)]
         assert [[count for _, count in one] for one in batches] == [[2], [1]]
         rows = [len(collate(pairs, 0)["input_ids"]) for one in batches for pairs, _ in one]
         assert rows == [2 * len(list(kind.sides()))] * 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, T5Config
 
 from selective_pref_adapters.cli import main
@@ -84,6 +85,35 @@ def test_activations_are_near_what_autograd_keeps_of_a_real_forward_pass(config:
     assert inputs < whole / 4
 
 
+class Square(nn.Module):
+    """A body whose backward pass needs one tensor twice."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        numbers = input_ids.float().requires_grad_()
+        return numbers * numbers
+
+
+def test_memory_that_is_kept_twice_counts_once() -> None:
+    assert saved_bytes(Square(), torch.zeros(2, 8, dtype=torch.long)) == (2 * 8 * 4, 2 * 8 * 4)
+
+
+MEASURED = {0: 633, 1: 2382, 2: 2382, 3: 858}
+"""MiB that `tests/benchmarks/bench_plan.py` has seen allocated at the most in a step, by ZeRO stage; float32."""
+
+
+def test_sums_are_near_what_two_processes_were_seen_to_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"vocab_size": 8186, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    model = saved(tmp_path, **shape, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64)
+    flags = ["--devices", "2", "--dtype", "float32", "--max-length", "64", "--no-gradient-checkpointing"]
+    totals = planned(capsys, "--model", model, *flags)["device_total_by_zero_stage"]
+    for stage, held in MEASURED.items():
+        assert 0.98 * held <= totals[str(stage)]["running"] / 2**20 <= 1.03 * held, stage
+
+
 def test_a_mixture_counts_all_its_experts(tmp_path: Path) -> None:
     config = MixtralConfig(**SHAPE, num_local_experts=8)
     config.save_pretrained(tmp_path)
@@ -99,6 +129,8 @@ def test_a_plan_reads_no_weights_and_says_what_to_change(tmp_path: Path, capsys:
     plan = planned(capsys, *flags, "--no-gradient-checkpointing", "--batch-size", "4")
     ways = plan["ways"]
     reference_bytes = 2 * plan["models"]["reference"]["parameters"]
+    kept = activations(model_size(policy).config, sequences=2, length=64, dtype=torch.bfloat16)
+    assert ways["stored"]["device"]["activations"] == 4 * kept.whole
     assert plan["settings"]["max_length"] == 64
     assert ways["running"]["device"]["reference: weights"] == reference_bytes
     assert "reference: weights" not in ways["stored"]["device"]
@@ -115,6 +147,7 @@ def test_a_plan_reads_no_weights_and_says_what_to_change(tmp_path: Path, capsys:
     assert (stored["fits"], stored["change"]) == (False, ["--gradient-checkpointing"])
     again = planned(capsys, *flags, "--gradient-checkpointing", "--batch-size", "4", "--device-memory", room)
     assert again["ways"]["stored"]["fits"]
+    assert again["ways"]["stored"]["device"]["activations"] == 4 * (kept.inputs + kept.layer)
     assert again["ways"]["stored"]["device_total"] == stored["device_total_then"]
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from plain_loop import LEARNING_RATE, plain_torch_run, training_pairs
 from ranks import everything, one_hangs, run_ranks
 from selective_pref_adapters.deepspeed_loop import train
+from selective_pref_adapters.deepspeed_loop.engine import processes
 from selective_pref_adapters.deepspeed_loop.sampling import FILLER, evaluation_batches, make_order, share_of
+from selective_pref_adapters.launching.launcher import PLACE
 from selective_pref_adapters.models import load_model, load_tokenizer
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair
@@ -247,10 +249,33 @@ def test_sigterm_to_one_stops_both_and_they_go_on_bit_by_bit(files: dict[str, Pa
 def test_held_out_pairs_are_dealt_out_evenly(weight: float | None) -> None:
     """What fills up a process's last batch has a weight where pairs have one: all processes log the same names."""
     pairs = [dataclasses.replace(FILLER, place=str(number), weight=weight) for number in range(7)]
-    dealt = [evaluation_batches(pairs, 3, rank, 2) for rank in (0, 1)]
+    dealt = [list(evaluation_batches(pairs, 3, rank, 2)) for rank in (0, 1)]
     filler = FILLER if weight is None else dataclasses.replace(FILLER, weight=1.0)
     assert dealt == [[(pairs[0:5:2], 3), ([pairs[6]], 1)], [(pairs[1:6:2], 3), ([filler], 0)]]
-    assert evaluation_batches(pairs, 4, 0, 1) == [(pairs[:4], 4), (pairs[4:], 3)]
+    assert list(evaluation_batches(pairs, 4, 0, 1)) == [(pairs[:4], 4), (pairs[4:], 3)]
+
+
+def test_each_process_takes_its_device_before_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all processes of a host would send from device 0, which NCCL refuses."""
+    calls: list[Any] = []
+    for name, value in zip(PLACE, ("5", "8", "3", "127.0.0.1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes.torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(processes.deepspeed, "init_distributed", lambda backend, **_: calls.append(backend))
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 8)
+    config = TrainConfig(model="", pairs="")
+    assert processes.start_processes(config) == (5, 8)
+    assert calls == [3, "nccl"]
+
+    def alone(*_: Any, **__: Any) -> None:
+        raise torch.distributed.DistStoreError("Timed out after 61 seconds waiting for clients. 1/8 clients joined.")
+
+    monkeypatch.setattr(processes.deepspeed, "init_distributed", alone)
+    expected = r"process 5 of 8, on .*, found not all of the others at 127\.0\.0\.1:0 within 30 minutes.* 1/8 clients"
+    with pytest.raises(OSError, match=expected):
+        processes.start_processes(config)
 
 
 @pytest.mark.slow

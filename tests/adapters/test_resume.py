@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ranks import PATIENCE, run_cli, start, step_engine_of_the_loop, stop_at, train_all
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.deepspeed_loop import TrainResult, checkpoints, loop, state, train
+from selective_pref_adapters.launching.together import LOCK, own_folder
 from selective_pref_adapters.options import TrainConfig
 from tiny import make_model, text_rows, write_jsonl
 
@@ -315,18 +315,19 @@ def test_a_stop_after_a_batch_that_was_left_out_does_not_count_it_twice(configur
     assert train(configure("left out", **options)).summary["skipped_batches"] == 2 * 3
 
 
-def test_two_runs_do_not_write_to_one_folder(configure: Configure) -> None:
-    """A launcher that was killed may have left its processes alive."""
+def test_two_runs_do_not_write_to_one_folder(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that was killed may have left its processes alive. Nothing is loaded before it is noticed."""
     config = configure("shared")
     stop_at(3)
     train(config)
     loop.step_engine = step_engine_of_the_loop
-    other = os.open(config.output_dir, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(OSError, match="another run is writing to"):
-        train(config)
-    os.close(other)
+    with own_folder(Path(config.output_dir), {}), monkeypatch.context() as patched:
+        patched.delattr(loop, "load_tokenizer")
+        with pytest.raises(OSError, match="another run is writing to"):
+            train(config)
+    (Path(config.output_dir) / LOCK).write_text("of a run that was killed")
     assert train(config).stopped_at is None
+    assert not (Path(config.output_dir) / LOCK).exists()
 
 
 def test_random_states_come_back() -> None:

@@ -224,7 +224,7 @@ def test_what_is_underlined_is_what_the_loss_read(
     shown: tuple[PreferenceLoss, list[ShownPair], SelectionPage], tmp_path: Path
 ) -> None:
     _, pairs, page = shown
-    seen = opened(page.write(tmp_path / "page.html"), tmp_path / "profile")
+    seen = opened(page.write(tmp_path / "page.html"), tmp_path / "profile", script=DRAW_ALL)
     assert seen.console == []
     sides = [side for pair in pairs for _, side in pair.sides]
     assert weights_of(seen) == [pytest.approx(list(side.weights), abs=1e-6) for side in sides]
@@ -234,6 +234,9 @@ def test_what_is_underlined_is_what_the_loss_read(
     check_lines(seen)
     assert any(token.classes & {"f"} for response in seen.tokens() for token in response), "nothing is tied"
 
+
+# Pairs are drawn when a frame shows them, and a browser on a busy machine may end before its first frame.
+DRAW_ALL = 'addEventListener("load", () => dispatchEvent(new Event("beforeprint")));'
 
 READ_RULES = """
 addEventListener("load", () => setTimeout(() => {
@@ -395,9 +398,12 @@ def test_a_phone_and_a_printer(tmp_path: Path) -> None:
 def test_a_page_of_two_hundred_thousand_tokens_opens(tmp_path: Path) -> None:
     page = page_of_pairs(many_pairs(200, 500), title="Many").write(tmp_path / "page.html")
     assert page.stat().st_size < 15e6
-    seen = opened(page, tmp_path / "profile")
+    for attempt in range(5):  # a browser on a busy machine may end before its first frame, which draws what is in sight
+        seen = opened(page, tmp_path / f"profile{attempt}")
+        drawn = [response for response in seen.tokens() if response]
+        if drawn:
+            break
     assert seen.console == []
-    drawn = [response for response in seen.tokens() if response]
     assert 0 < len(drawn) < 400, "what is out of sight is drawn when it is reached"
     assert len(seen.tokens()) == 400
 

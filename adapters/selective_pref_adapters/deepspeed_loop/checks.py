@@ -20,9 +20,10 @@ from selective_pref import Objective
 from selective_pref_adapters.deepspeed_loop.engine import further_settings
 from selective_pref_adapters.deepspeed_loop.sampling import pairs_per_step
 from selective_pref_adapters.files import existing
+from selective_pref_adapters.launching.together import LOCK
 from selective_pref_adapters.objectives import make_objective, needs_reference, unread
 from selective_pref_adapters.objectives.veto import NO_START
-from selective_pref_adapters.options import LossOptions, TrainConfig
+from selective_pref_adapters.options import MAY_DIFFER_ON_HOSTS, LossOptions, TrainConfig
 from selective_pref_adapters.seeing.trackers import NO_IMAGES, can_draw
 from selective_pref_adapters.sharded import whole_shape
 
@@ -71,6 +72,7 @@ def check_config(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 0; got {getattr(config, name)}")
     check_lora(config)
+    check_data(config)
     if config.offload_optimizer and config.zero_stage < 1:
         raise ValueError("offload_optimizer needs zero_stage 1 or above: nothing is sharded or moved at stage 0")
     if config.offload_parameters and config.zero_stage < 3:
@@ -80,6 +82,29 @@ def check_config(config: TrainConfig) -> None:
     further_settings(config)
     pairs_per_step(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_hardware(config)
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raises ValueError at options of the rows that make no sense, or cannot be had from a stream."""
+    if config.data_workers < 1:
+        raise ValueError(f"data_workers must be at least 1; got {config.data_workers}")
+    if not config.streaming:
+        return
+    if config.max_steps is None:
+        raise ValueError("streaming does not know how many rows there are: give max_steps, the length of the run")
+    if config.eval_pairs is None and config.eval_fraction:
+        raise ValueError(
+            f"streaming cannot hold out {config.eval_fraction:g} of the rows by their prompts, which are not known "
+            "beforehand: give eval_pairs, or eval_fraction 0"
+        )
+    if config.group_by_length:
+        raise ValueError("group_by_length sorts all rows, and streaming holds none: leave one of them out")
+    for prefix in ("", "scoring_"):
+        if getattr(config, f"{prefix}ref_model") and getattr(config, f"{prefix}reference_store"):
+            raise ValueError(
+                f"{prefix}ref_model fills {prefix}reference_store with all rows before the first step, which streaming "
+                f"does not see: fill it first (selective-pref score), and leave {prefix}ref_model out"
+            )
 
 
 def check_lora(config: TrainConfig) -> None:
@@ -96,7 +121,7 @@ def check_lora(config: TrainConfig) -> None:
     if config.lora_alpha is not None and not 0 < config.lora_alpha < math.inf:
         raise ValueError(f"lora_alpha must be above 0; got {config.lora_alpha}")
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_r needs PEFT, which is not installed: pip install peft")
+        raise ValueError("lora_r needs PEFT, which is not installed: pip install 'selective-pref[peft]'")
 
 
 def check_hardware(config: TrainConfig) -> None:
@@ -112,7 +137,7 @@ def check_hardware(config: TrainConfig) -> None:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank} of this machine has no device: there are {torch.cuda.device_count()}. Start as many "
-            "processes as there are devices"
+            "processes as there are devices, and let each see all of them (srun --gpus-per-node, not --gpus-per-task)"
         )
 
 
@@ -134,7 +159,7 @@ def usable_folder(config: TrainConfig) -> Path:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):  # a killed run leaves its lock
         if not (folder / "run.json").exists():
             raise ValueError(
                 f"output_dir {folder} is not empty: choose another, or move it away (nothing is overwritten)"
@@ -147,6 +172,11 @@ def usable_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
     return folder
+
+
+def options_of_all(config: TrainConfig) -> dict[str, object]:
+    """The options that must be the same in all processes of a run: all but paths."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER_ON_HOSTS}
 
 
 def warm_up_note(config: TrainConfig, steps: int) -> list[str]:

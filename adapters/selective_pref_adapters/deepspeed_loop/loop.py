@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from selective_pref_adapters.deepspeed_loop.checks import (
     check_space,
     configured_objective,
     image_note,
+    options_of_all,
     usable_folder,
     warm_up_note,
 )
@@ -60,7 +62,6 @@ from selective_pref_adapters.deepspeed_loop.sampling import (
     evaluation_batches,
     make_order,
     number_of_steps,
-    pair_length,
     pairs_per_step,
     places,
     share_of,
@@ -74,6 +75,8 @@ from selective_pref_adapters.deepspeed_loop.state import (
     metrics_of_step,
 )
 from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.launching.launcher import join_launcher
+from selective_pref_adapters.launching.together import own_folder
 from selective_pref_adapters.model_checks import check_padding, check_policy
 from selective_pref_adapters.models import load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.monitoring import (
@@ -85,6 +88,7 @@ from selective_pref_adapters.monitoring import (
 from selective_pref_adapters.objectives import CHOSEN_ONLY, loss_of_batch, needs_reference
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import TokenizedPair, collate, pair_weights
+from selective_pref_adapters.pairs.large import PairStream
 from selective_pref_adapters.references import AdapterOffReference, Reference
 
 
@@ -121,9 +125,16 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteError: a log-prob or a gradient became NaN or infinite (names step, rows and tokens), unless
             `config.non_finite` is "skip".
     """
+    join_launcher()
     check_config(config)
     output_dir = usable_folder(config)
     rank, world_size = start_processes(config)
+    with own_folder(output_dir, options_of_all(config)):
+        return run_in(output_dir, config, rank, world_size)
+
+
+def run_in(output_dir: Path, config: TrainConfig, rank: int, world_size: int) -> TrainResult:
+    """The whole run in a folder that is its own, in process `rank` of `world_size`."""
     checkpoint = checkpoint_to_resume(config, output_dir)
     console = Console(stderr=True, quiet=rank > 0)
     disable_progress_bar()  # of transformers, at loading and saving
@@ -145,10 +156,12 @@ def train(config: TrainConfig) -> TrainResult:
     check_padding(tokenizer, models)
     max_length = usable_length(config.max_length, models)
     train_pairs, eval_pairs, about_pairs = load_pairs(config, tokenizer, max_length, progress=rank == 0)
-    check_pairs([*train_pairs, *eval_pairs], models, stores)
+    check_pairs([train_pairs, eval_pairs], tokenizer, models, stores)
     notes += about_pairs
     per_step = pairs_per_step(config, world_size)
-    steps = number_of_steps(config, len(train_pairs), per_step)
+    stream = train_pairs if isinstance(train_pairs, PairStream) else None
+    count = per_step * config.max_steps if stream else len(train_pairs)
+    steps = number_of_steps(config, count, per_step)
     check_space(output_dir, policy, steps, config)
     identity = identity_of(config, world_size, train_pairs, eval_pairs, sources)
     notes += warm_up_note(config, steps) + image_note(config) + check_same_run(checkpoint, output_dir, identity, config)
@@ -159,7 +172,7 @@ def train(config: TrainConfig) -> TrainResult:
         console.print(f"this run is finished, so nothing was done: {output_dir}", soft_wrap=True)
         return finished
 
-    fill_stores(config, tokenizer, opened, [*train_pairs, *eval_pairs], progress=rank == 0)
+    fill_stores(config, tokenizer, opened, [train_pairs, eval_pairs], progress=rank == 0)
     engine, scheduler = start_engine(config, policy, steps, per_step)
     for source in sources.values():
         if isinstance(source, AdapterOffReference):
@@ -180,7 +193,9 @@ def train(config: TrainConfig) -> TrainResult:
     )
     progress = run.progress
     save = partial(save_checkpoint, engine, output_dir / "checkpoints", progress, identity, config.keep_checkpoints)
-    order = make_order([pair_length(pair) for pair in train_pairs], per_step, config.seed, config.group_by_length)
+    order = None if stream else make_order(train_pairs.lengths, per_step, config.seed, config.group_by_length)
+    if stream and progress.stream is not None:
+        stream.load(progress.stream)
     resumed_at = None if checkpoint is None else progress.step
     with StopRequest() as stop, RunLog(output_dir, config, identity, resumed_at, writes=rank == 0) as log:
         if checkpoint is None:
@@ -189,13 +204,17 @@ def train(config: TrainConfig) -> TrainResult:
         todo = range(progress.step + 1, steps + 1)
         bar = tqdm(todo, desc="train", unit="step", initial=progress.step, total=steps, disable=rank > 0)
         for step in bar:
-            batches = share_of(train_pairs, order(step), config.batch_size, rank, world_size)
+            if order is None:
+                batches = stream.batches(per_step // world_size, config.batch_size)
+            else:
+                batches = share_of(train_pairs, order(step), config.batch_size, rank, world_size)
             norm = training_step(run, step, batches, stop)
             if norm is None:
                 save()
                 return stopped_run(console, output_dir, log.lines, progress)
             bar.set_postfix(progress.postfix(engine.skipped_steps))
-            epoch = step * per_step / len(train_pairs)
+            progress.stream = None if stream is None else stream.state()
+            epoch = step * per_step / count if stream is None else float(stream.passes)
             if step % config.logging_steps == 0 or step == steps:
                 log.write(step, epoch, {**close_window(progress), **metrics_of_step(engine, scheduler, progress, norm)})
             if step == steps:  # before the last evaluation, which may end the run at a number that is not finite
@@ -208,7 +227,7 @@ def train(config: TrainConfig) -> TrainResult:
             save_model(engine, tokenizer, output_dir)
     summary = {
         "steps": steps,
-        "train_pairs": len(train_pairs),
+        "train_pairs": count,
         "eval_pairs": len(eval_pairs),
         "skipped_batches": progress.skipped_batches,
         "skipped_steps": engine.skipped_steps,
@@ -283,8 +302,10 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
     run.engine.eval()
     batches = evaluation_batches(eval_pairs, run.config.batch_size, run.rank, run.world_size)
     seen: list[tuple[dict[str, torch.Tensor], int]] = []
+    done = 0
     with torch.no_grad():
         for pairs, count in batches:
+            done += 1
             out = losses_of(run, pairs, count)
             if finite_everywhere(out.losses):
                 seen.append((diagnostics(out, chosen_only=run.chosen_only), count))
@@ -294,7 +315,7 @@ def evaluate(run: Run, eval_pairs: Sequence[TokenizedPair], log: RunLog, epoch: 
         read = [losses_of(run, pairs) for pairs in run.pictures.batches]
     run.engine.train()
     means = mean_over_pairs([metrics for metrics, _ in seen], [count for _, count in seen])
-    means |= {"skipped_batches": float(len(batches) - len(seen))} if len(seen) < len(batches) else {}
+    means |= {"skipped_batches": float(done - len(seen))} if len(seen) < done else {}
     metrics = {f"eval_{name}": value for name, value in means.items()}
     log.write(run.progress.step, epoch, metrics)
     run.pictures.draw(read, log, run.progress.step)

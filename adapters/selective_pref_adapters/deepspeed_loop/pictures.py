@@ -26,7 +26,7 @@ class Pictures:
     """
 
     def __init__(self, config: TrainConfig, eval_pairs: Sequence[TokenizedPair], tokenizer: Any) -> None:
-        fixed = eval_pairs[: config.picture_pairs]
+        fixed = list(eval_pairs[: config.picture_pairs])
         self.batches = [fixed[at : at + config.batch_size] for at in range(0, len(fixed), config.batch_size)]
         self._tokenizer = tokenizer
 

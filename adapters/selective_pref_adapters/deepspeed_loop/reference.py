@@ -10,18 +10,19 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from selective_pref_adapters.deepspeed_loop.engine import load, start_frozen_engine
-from selective_pref_adapters.deepspeed_loop.sampling import FILLER
 from selective_pref_adapters.models import load_tokenizer, pad_token_id
 from selective_pref_adapters.monitoring import SELF_REFERENCE
 from selective_pref_adapters.objectives import selects
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer
+from selective_pref_adapters.pairs import check_same_tokenizer
+from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
 
@@ -92,21 +93,20 @@ def own_start_note(config: TrainConfig, opened: Mapping[str, Opened], policy: nn
 
 
 def fill_stores(
-    config: TrainConfig, tokenizer: Any, opened: Mapping[str, Opened], pairs: Sequence[TokenizedPair], *, progress: bool
+    config: TrainConfig, tokenizer: Any, opened: Mapping[str, Opened], tables: Sequence[PairTable], *, progress: bool
 ) -> None:
     """Has the models that were opened with a store compute the rows that it lacks, and lets go of them."""
-    wanted = [pair for pair in pairs if pair is not FILLER]
     for one in opened.values():
         if one.model is None or one.store is None:
             continue
         fill_store(
             one.store,
-            wanted,
+            chain.from_iterable(tables),
             one.model,
             pad_token_id=pad_token_id(tokenizer),
             progress=progress,
             engine=partial(start_frozen_engine, config, one.model, torch.device("cpu")),
         )
-        one.store.check(wanted)
+        one.store.check(chain.from_iterable(tables))
         one.model = None
         gc.collect()

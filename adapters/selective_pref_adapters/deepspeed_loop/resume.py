@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from selective_pref_adapters.deepspeed_loop.state import (
 )
 from selective_pref_adapters.files import write_whole
 from selective_pref_adapters.options import MAY_CHANGE_ON_RESUME, TrainConfig
-from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.pairs.large import PairStream, PairTable
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference
 
@@ -37,8 +36,8 @@ from selective_pref_adapters.references import Reference, RunningReference, Stor
 def identity_of(
     config: TrainConfig,
     world_size: int,
-    train_pairs: Sequence[TokenizedPair],
-    eval_pairs: Sequence[TokenizedPair],
+    train_pairs: PairTable | PairStream,
+    eval_pairs: PairTable,
     references: Mapping[str, Reference | None],
 ) -> dict[str, Any]:
     """What shapes a run: options, number of processes, what the data, the stores and the references' weights are.
@@ -47,15 +46,6 @@ def identity_of(
     hold other ones when the run is resumed. The policy's folder is not read again then, so its weights do not count.
     """
 
-    def digest(pairs: Sequence[TokenizedPair]) -> str:
-        text = hashlib.sha256()
-        for p in pairs:
-            lengths = p.chosen_prompt_length, p.rejected_prompt_length
-            uncounted = *p.chosen_uncounted, *p.rejected_uncounted
-            weight = () if p.weight is None else (p.weight,)
-            text.update(repr((p.chosen_ids, p.rejected_ids, *lengths, *uncounted, *weight)).encode())
-        return f"{len(pairs)} pairs, {text.hexdigest()[:16]}"
-
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
     sources: dict[str, str] = {}
     for name, reference in references.items():
@@ -63,7 +53,11 @@ def identity_of(
             sources[f"{name.replace(' ', '_')}_space"] = reference.store.space.name
         if isinstance(reference, RunningReference):
             sources[f"{name.replace(' ', '_')}_weights"] = model_identity(reference.model)["weights"]
-    data = {"training_data": digest(train_pairs), "evaluation_data": digest(eval_pairs)}
+    named = {"training_data": train_pairs, "evaluation_data": eval_pairs}
+    data = {
+        name: pairs.known_by() if isinstance(pairs, PairStream) else f"{len(pairs)} pairs, {pairs.digest()}"
+        for name, pairs in named.items()
+    }
     return {**options, **sources, "processes": world_size, **data}
 
 

@@ -1,16 +1,14 @@
 """What a run writes for its readers: a line per event, pictures, TensorBoard, a tracker, and a table at the end.
 
-In: metrics, plain numbers. Out: files in the run's folder, which is locked meanwhile.
+In: metrics, plain numbers. Out: files in the run's folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,6 @@ class RunLog:
     log. Every process holds the same `lines`; only the one with `writes` writes them.
 
     Raises:
-        OSError: another run is writing to the folder.
         ValueError: the tracker cannot be started. No file has been written by then.
     """
 
@@ -49,17 +46,11 @@ class RunLog:
         self.writes = writes
         self._folder = folder
         self._file = self._board = self._tracker = None
-        self._lock = -1
         dist.barrier()  # every process has read the old log before the first one changes it
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder)
-        try:
-            self._tracker = None if config.tracker == "none" else _started(config, folder.name)
-        except ValueError:
-            os.close(self._lock)
-            raise
+        self._tracker = None if config.tracker == "none" else _started(config, folder.name)
         checkpoints.sweep(folder / "checkpoints")
         remove_selections_after(folder, -1 if step is None else step)
         write_whole(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -77,8 +68,6 @@ class RunLog:
             self._board.close()
         if self._tracker is not None:
             self._tracker.finish()
-        if self._lock >= 0:
-            os.close(self._lock)
 
     def write(self, step: int, epoch: float, metrics: Metrics) -> None:
         """Adds one line; nothing where there are no metrics."""
@@ -112,20 +101,6 @@ def _started(config: TrainConfig, name: str) -> Any:
             f"tracker {config.tracker} cannot be started: {error}. Log in to it, or leave --tracker out"
         ) from error
     return tracker
-
-
-def _locked(folder: Path) -> int:
-    """A handle that locks the folder against other runs until it is closed or this process ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise OSError(
-            f"another run is writing to {folder}: wait for its end, or end its processes (a launcher that is killed "
-            "leaves them behind)"
-        ) from error
-    return handle
 
 
 def lines_until(path: Path, step: float) -> list[LoggedMetrics]:

@@ -8,10 +8,11 @@ process as on a hundred, if the global batch is the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from selective_pref_adapters.options import TrainConfig
@@ -54,37 +55,38 @@ def number_of_steps(config: TrainConfig, pairs: int, per_step: int) -> int:
     return steps
 
 
-def make_order(lengths: Sequence[int], per_step: int, seed: int, by_length: bool = False) -> Callable[[int], list[int]]:
+def make_order(
+    lengths: Sequence[int] | np.ndarray, per_step: int, seed: int, by_length: bool = False
+) -> Callable[[int], list[int]]:
     """Step number (from 1) → the indices of its pairs: epoch after epoch, each in its own order, no gap between them.
 
     A function of step and seed alone, so that a resumed run goes on where it was. With `by_length`, an epoch's order
     is sorted in stretches of 50 steps, and the steps of the epoch are shuffled: the pairs of a step, and what
     processes hold at the same time, are then of like length.
     """
-    count = len(lengths)
+    count, lengths = len(lengths), np.asarray(lengths)
 
     @lru_cache(maxsize=2)
-    def epoch_order(epoch: int) -> list[int]:
+    def epoch_order(epoch: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epoch):
             torch.randperm(count, generator=generator)
-        order = torch.randperm(count, generator=generator).tolist()
+        order = torch.randperm(count, generator=generator).numpy()
         if not by_length:
             return order
         first = -epoch * count % per_step  # what the last step of the epoch before still takes
         whole = (count - first) // per_step * per_step
-        middle = [
-            index
-            for start in range(first, first + whole, 50 * per_step)
-            for index in sorted(order[start : min(start + 50 * per_step, first + whole)], key=lambda i: -lengths[i])
-        ]
-        steps = [middle[start : start + per_step] for start in range(0, whole, per_step)]
-        shuffled = [steps[i] for i in torch.randperm(len(steps), generator=torch.Generator().manual_seed(epoch))]
-        return [*order[:first], *(index for step in shuffled for index in step), *order[first + whole :]]
+        middle = order[first : first + whole].copy()
+        for start in range(0, whole, 50 * per_step):
+            stretch = middle[start : start + 50 * per_step]
+            stretch[:] = stretch[np.argsort(-lengths[stretch].astype(np.int64), kind="stable")]
+        steps = middle.reshape(-1, per_step)
+        shuffled = steps[torch.randperm(len(steps), generator=torch.Generator().manual_seed(epoch)).numpy()]
+        return np.concatenate([order[:first], shuffled.reshape(-1), order[first + whole :]])
 
     def order_of(step: int) -> list[int]:
         positions = range((step - 1) * per_step, step * per_step)
-        return [epoch_order(position // count)[position % count] for position in positions]
+        return [int(epoch_order(position // count)[position % count]) for position in positions]
 
     return order_of
 
@@ -102,19 +104,20 @@ def share_of(
 
 def evaluation_batches(
     pairs: Sequence[TokenizedPair], size: int, rank: int, world_size: int
-) -> list[tuple[list[TokenizedPair], int]]:
+) -> Iterator[tuple[list[TokenizedPair], int]]:
     """This process's held-out pairs in batches, each with the number of pairs that count.
 
     All processes get equally many batches of equally many pairs, where necessary with a FILLER at the end: sharded
     weights are gathered by all of them together.
     """
-    own = list(pairs[rank::world_size])
+    own = pairs[rank::world_size]
     rows = math.ceil(len(pairs) / world_size)
-    filler = FILLER if pairs[0].rejected_ids else FILLER.chosen_only()
-    filler = filler if pairs[0].weight is None else replace(filler, weight=1.0)
-    filled = [*own, *[filler] * (rows - len(own))]
-    starts = range(0, rows, size)
-    return [(filled[start : start + size], max(0, min(size, len(own) - start))) for start in starts]
+    first = pairs[0]
+    filler = FILLER if first.rejected_ids else FILLER.chosen_only()
+    filler = filler if first.weight is None else replace(filler, weight=1.0)
+    for start in range(0, rows, size):
+        batch = list(own[start : start + size])
+        yield [*batch, *[filler] * (min(size, rows - start) - len(batch))], len(batch)
 
 
 def pair_length(pair: TokenizedPair) -> int:

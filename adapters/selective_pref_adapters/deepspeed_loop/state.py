@@ -22,7 +22,8 @@ LoggedMetrics: TypeAlias = dict[str, float | None]
 class Progress:
     """How far a run has come. A checkpoint holds one for each process.
 
-    The sampler's position is `step`: which pairs a step reads depends on its number and the seed alone.
+    The sampler's position is `step`: which pairs a step reads depends on its number and the seed alone, unless rows are
+    streamed.
     """
 
     step: int = 0
@@ -33,6 +34,8 @@ class Progress:
     skipped_batches: int = 0
     empty_steps: int = 0
     """The number of consecutive steps, up to the last one, that moved no weight."""
+    stream: dict[str, Any] | None = None
+    """Where the stream stands from which rows are read; None where their order is known."""
 
     def postfix(self, skipped_steps: int) -> dict[str, str]:
         """The last batch for the progress bar: loss, accuracies and margins, full and of the selected tokens."""

@@ -20,6 +20,7 @@ from selective_pref_adapters.model_inputs import check_stored_inputs, further_in
 from selective_pref_adapters.models import check_token_ids, context_length, has_dropout
 from selective_pref_adapters.objectives import CHOSEN_ONLY, Schedule, as_names
 from selective_pref_adapters.objectives.named_losses import check_pair_weights, weights_line
+from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.references import AdapterOffReference
 
 logger = logging.getLogger(__name__)
@@ -133,15 +134,18 @@ def check_rows(
 
     Raises also where rows have weights that their losses cannot be multiplied by.
     """
-    pairs = collator.pairs(dataset, name)
-    if not pairs:
+    pairs = dataset if isinstance(dataset, PairTable) else collator.pairs(dataset, name)
+    if not len(pairs):
         raise ValueError(f"{name} is empty")
-    weights = [pair.weight for pair in pairs]
+    if isinstance(pairs, PairTable):  # which knows it of all its pairs, and holds none in memory
+        weights, longest, highest = pairs.weights, int(pairs.lengths.max()), pairs.highest_id
+    else:
+        weights = [pair.weight for pair in pairs]
+        longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+        highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
     check_pair_weights(weights, as_names(loss.options["loss_type"]), name)
     for line in weights_line(weights):
         logger.info("%s: %s", name, line)
-    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
-    highest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
     for who, model in models.items():
         context = context_length(model)
         if context is not None and longest > context:

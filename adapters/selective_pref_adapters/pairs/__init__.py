@@ -16,6 +16,7 @@ from selective_pref_adapters.pairs.collate import (
     collate,
     completion_mask,
     pair_weights,
+    row_key,
     uncounted_spans,
 )
 from selective_pref_adapters.pairs.reading import read_rows, scan_rows
@@ -45,6 +46,7 @@ __all__ = [
     "parse_columns",
     "preference_row",
     "read_rows",
+    "row_key",
     "scan_rows",
     "split_by_prompt",
     "tokenize_pairs",

@@ -5,6 +5,7 @@ In: `TokenizedPair`s. Out: tensors [2B T], chosen rows first; [B T] where pairs 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -14,6 +15,9 @@ import torch
 
 IGNORE_INDEX = -100
 """The label of tokens that are not trained: prompt and padding."""
+
+KEY_BYTES = 16
+"""Of the digest by which one side of a pair is known."""
 
 Spans: TypeAlias = tuple[tuple[int, int], ...]
 """Runs of tokens [start, end) in a row of token ids, in order."""
@@ -70,6 +74,14 @@ def completion_mask(length: int, prompt_length: int, uncounted: Spans = ()) -> n
     for start, end in uncounted:
         mask[start:end] = False
     return mask
+
+
+def row_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
+    """The 16-byte digest of attended token ids [L] and completion mask [L]: how a reference store finds a row."""
+    digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=KEY_BYTES, person=b"row")
+    digest.update(np.ascontiguousarray(ids, dtype="<i4"))
+    digest.update(np.ascontiguousarray(mask, dtype=np.bool_))
+    return digest.digest()
 
 
 def pair_weights(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:

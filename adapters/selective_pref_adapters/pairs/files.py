@@ -13,7 +13,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,25 +32,25 @@ _SPLITS = {
 }
 
 
-def raw_rows(source: str | Path, notes: list[str]) -> Iterator[RawRow]:
+def raw_rows(source: str | Path, notes: list[str]) -> Generator[RawRow, None, None]:
     """Everything that stands at `source`, in order; `notes` gets a line for each choice that was made.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: a kind of file that is not known, or one that cannot be read.
     """
-    path, split = _located(source)
+    path, split = located(source)
     if not path.exists():
         yield from _of_hub(str(source))
     elif path.is_file():
         if split is not None:
             raise ValueError(f"{path} is one file and has no splits: leave ':{split}' out")
-        yield from _of_file(path, path.name)
+        yield from rows_of_file(path, path.name)
     elif is_saved_dataset(path):
         yield from _of_saved_dataset(path, split)
     else:
-        for file in _files_of(path, split, notes):
-            yield from _of_file(file, str(file.relative_to(path)))
+        for file in files_of(path, split, notes):
+            yield from rows_of_file(file, str(file.relative_to(path)))
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -65,7 +65,7 @@ def kind_of(path: Path) -> tuple[str, str]:
     return (suffixes[-1] if suffixes and suffixes[-1] in KINDS else ""), packed
 
 
-def _located(source: str | Path) -> tuple[Path, str | None]:
+def located(source: str | Path) -> tuple[Path, str | None]:
     """(path, split): what follows the last colon is a split where the whole is no path and the rest is one."""
     path = Path(source)
     before, colon, split = str(source).rpartition(":")
@@ -77,8 +77,8 @@ def _located(source: str | Path) -> tuple[Path, str | None]:
 # --- folders and the hub ---------------------------------------------------------------------------------------------
 
 
-def _files_of(folder: Path, split: str | None, notes: list[str]) -> list[Path]:
-    """The files of a split, by their names; without one, all but those of the test and validation splits."""
+def files_of(folder: Path, split: str | None, notes: list[str]) -> list[Path]:
+    """The files of a folder's split, by their names; without one, all but those of the test and validation splits."""
     there = sorted(f for f in folder.rglob("*") if f.is_file() and not _is_hidden(f.relative_to(folder)))
     splits = {file: _split_of(file.relative_to(folder)) for file in there if kind_of(file)[0]}
     if not splits:
@@ -100,12 +100,12 @@ def _files_of(folder: Path, split: str | None, notes: list[str]) -> list[Path]:
 
 def is_local(source: str | Path) -> bool:
     """Whether a file or folder stands at `source`, which may name a split."""
-    return _located(source)[0].exists()
+    return located(source)[0].exists()
 
 
 def splits_of(source: str | Path) -> set[str]:
     """The names of the splits that a local folder holds; empty for a file, or where nothing names one."""
-    path, split = _located(source)
+    path, split = located(source)
     if split is not None or not path.is_dir():
         return set()
     if is_saved_dataset(path):
@@ -161,6 +161,13 @@ def _of_saved_dataset(folder: Path, split: str | None) -> Iterator[RawRow]:
 def _of_hub(source: str) -> Iterator[RawRow]:
     """The rows of `owner/name` or `owner/name:split` (by default: train) on the Hugging Face hub."""
     name, _, split = source.partition(":")
+    for number, row in enumerate(hub_dataset(source)):
+        yield f"{name}:{split or 'train'}, row {number}", row
+
+
+def hub_dataset(source: str, streaming: bool = False) -> Any:
+    """What the hub gives under `owner/name` or `owner/name:split`: a `datasets.Dataset` or `IterableDataset`."""
+    name, _, split = source.partition(":")
     absent = f"no preference pairs at {source}: expected {_EXPECTED} (owner/name:split)"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or kind_of(Path(name))[0]:
         raise FileNotFoundError(absent)
@@ -168,7 +175,7 @@ def _of_hub(source: str) -> Iterator[RawRow]:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        dataset = load_dataset(name, split=split or "train")
+        return load_dataset(name, split=split or "train", streaming=streaming)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{absent}. The hub does not give it either: {error}") from error
     except DatasetGenerationError as error:
@@ -177,14 +184,13 @@ def _of_hub(source: str) -> Iterator[RawRow]:
             f"them (hf download --repo-type dataset {name} --local-dir FOLDER) and give the folder, which is read row "
             "by row"
         ) from error
-    for number, row in enumerate(dataset):
-        yield f"{name}:{split or 'train'}, row {number}", row
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-def _of_file(path: Path, name: str) -> Iterator[RawRow]:
+def rows_of_file(path: Path, name: str) -> Iterator[RawRow]:
+    """The rows of one file, which is called `name` in their places; raises ValueError where it cannot be read."""
     kind, packed = kind_of(path)
     if not kind:
         raise ValueError(f"cannot read {path}: expected {_EXPECTED}")
@@ -261,7 +267,9 @@ def _parquet(file: Any, name: str) -> Iterator[RawRow]:
 
     try:
         number = 0
-        for batch in parquet.ParquetFile(BufferReader(file.read())).iter_batches():
+        unpacked = isinstance(getattr(file, "raw", None), io.FileIO)  # it is then read part by part
+        whole = parquet.ParquetFile(file if unpacked else BufferReader(file.read()))
+        for batch in whole.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield f"{name}, row {number}", row
                 number += 1

@@ -99,24 +99,39 @@ def split_by_prompt(
     Raises:
         ValueError: `fraction` is outside [0, 1), or the rows have a single prompt, so that nothing can be held out.
     """
+    per_prompt = Counter(row.prompt_key for row in rows)
+    prompts = sorted(per_prompt)
+    held_out = {prompts[number] for number in held_out_prompts([per_prompt[p] for p in prompts], fraction, seed)}
+    train = [row for row in rows if row.prompt_key not in held_out]
+    return train, [row for row in rows if row.prompt_key in held_out]
+
+
+def held_out_prompts(counts: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """The numbers of the prompts that are held out until `fraction` of the rows is reached.
+
+    Args:
+        counts: how many rows each prompt has; prompts in the order of their text.
+        fraction, seed: as in `split_by_prompt`.
+
+    Raises:
+        ValueError: as `split_by_prompt`.
+    """
     if not 0 <= fraction < 1:
         raise ValueError(f"eval_fraction must be in [0, 1); got {fraction!r}")
     if fraction == 0:
-        return list(rows), []
-    per_prompt = Counter(row.prompt_key for row in rows)
-    if len(per_prompt) < 2:
+        return []
+    rows = sum(counts)
+    if len(counts) < 2:
         raise ValueError(
-            f"cannot hold pairs out: all {len(rows)} rows have the same prompt. Set eval_fraction to 0, or give "
-            "eval_pairs"
+            f"cannot hold pairs out: all {rows} rows have the same prompt. Set eval_fraction to 0, or give eval_pairs"
         )
-    prompts = sorted(per_prompt)
-    random.Random(seed).shuffle(prompts)
-    held_out: set[str] = set()
+    numbers = list(range(len(counts)))
+    random.Random(seed).shuffle(numbers)
+    held_out: list[int] = []
     taken = 0
-    for prompt in prompts[:-1]:
-        if taken >= fraction * len(rows):
+    for number in numbers[:-1]:
+        if taken >= fraction * rows:
             break
-        held_out.add(prompt)
-        taken += per_prompt[prompt]
-    train = [row for row in rows if row.prompt_key not in held_out]
-    return train, [row for row in rows if row.prompt_key in held_out]
+        held_out.append(number)
+        taken += counts[number]
+    return held_out

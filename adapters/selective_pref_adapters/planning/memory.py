@@ -22,7 +22,8 @@ from selective_pref_adapters.planning.sizes import Activations, ModelSize
 Way: TypeAlias = Literal["running", "stored", "served"]
 WAYS: tuple[Way, ...] = get_args(Way)
 LIVE_PARAMETERS = 1_000_000_000
-"""Parameters of the policy that DeepSpeed's ZeRO-3 keeps gathered at most (its stage3_max_live_parameters)."""
+"""Parameters of a model that DeepSpeed's ZeRO-3 keeps gathered at most, also between steps: its
+stage3_max_live_parameters, for the policy and for a running reference each."""
 BUCKET = 20_000_000
 """Gradients that are added up over the processes at once, and parameters fetched ahead, as the loop sets it."""
 DEEPSPEED_BUCKET = 500_000_000
@@ -74,9 +75,9 @@ def on_device(facts: Facts, config: PlanConfig, way: Way) -> Bytes:
     if config.offload_optimizer and config.zero_stage >= 1:
         parts["policy: optimizer"] = 0
     if cut:
-        whole = min(facts.policy.parameters, LIVE_PARAMETERS) + 2 * BUCKET
-        ahead = facts.reference.largest_layer + min(BUCKET, facts.reference.parameters)
-        parts["gathered layers, buckets"] = item * (whole + (ahead if way == "running" else 0))
+        whole = min(facts.policy.parameters, LIVE_PARAMETERS) + 2 * BUCKET + facts.policy.largest_layer
+        beside = min(facts.reference.parameters, LIVE_PARAMETERS) if way == "running" else 0
+        parts["gathered layers, buckets"] = item * (whole + beside)
     if facts.policy_activations is not None:
         kept = facts.policy_activations
         once = kept.inputs + kept.layer if config.gradient_checkpointing else kept.whole
@@ -200,7 +201,7 @@ def _step(parameters: int, config: PlanConfig) -> int:
     if config.offload_optimizer and config.zero_stage >= 1:
         return 0
     if config.zero_stage >= 3:
-        return 8 * min(BUCKET, parameters)  # one group of parameters after another
+        return 12 * min(BUCKET, math.ceil(parameters / config.devices))  # one group of parameters after another
     return _part((8 if config.dtype != "float32" else 4) * parameters, config.zero_stage >= 1, config.devices)
 
 

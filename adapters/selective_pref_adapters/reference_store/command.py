@@ -26,7 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 from selective_pref_adapters.model_checks import check_padding
 from selective_pref_adapters.models import load_config, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.options import ScoreConfig
-from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns, read_rows, tokenize_pairs
+from selective_pref_adapters.pairs import TokenizedPair, check_same_tokenizer, parse_columns
+from selective_pref_adapters.pairs.large import Making, PairTable, malformed_note, tokenized_rows
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
 from selective_pref_adapters.reference_store.identity import reference_space
 from selective_pref_adapters.reference_store.local import local_logps
@@ -183,24 +184,25 @@ def process_rank() -> int:
 
 def load_pairs(
     config: ScoreConfig, tokenizer: Any, model: Any, *, progress: bool = True
-) -> tuple[list[TokenizedPair], list[str]]:
+) -> tuple[PairTable, list[str]]:
     """(the pairs as token ids, what a reader should know about them)."""
-    malformed: list[str] | None = [] if config.skip_malformed_rows else None
-    notes: list[str] = []
-    rows = read_rows(str(config.pairs), malformed, columns=parse_columns(config.columns), notes=notes)
-    pairs, report = tokenize_pairs(
-        rows,
-        tokenizer,
+    making = Making(
         max_length=length_in_force(config, model),
         truncation_mode=config.truncation_mode,
-        keep_unteachable=True,  # whatever a training run leaves out, its rows are found
-        malformed=malformed,
+        columns=parse_columns(config.columns),
+    )
+    rows = tokenized_rows(
+        str(config.pairs),
+        tokenizer,
+        making,
+        cache=config.data_cache,
+        workers=config.data_workers,
+        skip_malformed=config.skip_malformed_rows,
         progress=progress,
     )
-    notes += report.lines()
-    if malformed:
-        notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
-    return pairs, notes
+    # Whatever a training run leaves out, its rows are found.
+    pairs, report = rows.pairs(keep_unteachable=True, skip_malformed=config.skip_malformed_rows)
+    return pairs, [*rows.notes, *report.lines(), *malformed_note([(rows, None)])]
 
 
 def length_in_force(config: ScoreConfig, model: Any) -> int:
@@ -213,7 +215,7 @@ def length_in_force(config: ScoreConfig, model: Any) -> int:
     return usable_length(config.max_length, {name: model for name, model in models.items() if model is not None})
 
 
-def _pairs_without_reference(config: ScoreConfig) -> tuple[list[TokenizedPair] | None, str]:
+def _pairs_without_reference(config: ScoreConfig) -> tuple[PairTable | None, str]:
     """(the pairs where no model is loaded, None where none are named; how they were cut)."""
     if config.pairs is None:
         return None, ""
@@ -281,7 +283,7 @@ def show_stat(config: ScoreConfig, console: Console) -> None:
                 lacking = store.missing_rows(rows.values())
                 cells.append(f"{len(lacking)} of {len(rows)}")
                 if lacking:
-                    notes.append(f"{store.space.label}: {store.lengths(list(rows.values()))}")
+                    notes.append(f"{store.space.label}: {store.lengths([len(row.ids) for row in rows.values()])}")
             table.add_row(*cells)
     console.print(table)
     if notes:

@@ -76,7 +76,7 @@ class Comparison:
 
 def fill_store(
     store: ReferenceStore,
-    pairs: Sequence[TokenizedPair],
+    pairs: Iterable[TokenizedPair],
     model: nn.Module,
     *,
     pad_token_id: int,

@@ -5,7 +5,6 @@ In: pairs as token ids. Out: rows, two for each pair, as in the [2B T] arrays of
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from selective_pref_adapters.pairs import TokenizedPair
-from selective_pref_adapters.reference_store.shards import KEY_BYTES
+from selective_pref_adapters.pairs import TokenizedPair, row_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +45,6 @@ RowLogps: TypeAlias = list[tuple[Row, np.ndarray]]
 LogpSource: TypeAlias = Callable[[Sequence[Row]], Iterable[RowLogps]]
 """A reference as `fill_rows` asks it. It is called once, with all rows that are wanted, the longest first, and yields
 the log-probs in portions, in any order."""
-
-
-def row_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
-    """The 16-byte digest of attended token ids [L] and completion mask [L]."""
-    digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=KEY_BYTES, person=b"row")
-    digest.update(np.ascontiguousarray(ids, dtype="<i4"))
-    digest.update(np.ascontiguousarray(mask, dtype=np.bool_))
-    return digest.digest()
 
 
 def rows_of_pairs(pairs: Iterable[TokenizedPair]) -> list[Row]:

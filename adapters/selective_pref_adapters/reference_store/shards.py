@@ -23,11 +23,11 @@ import numpy as np
 from safetensors.numpy import save
 
 from selective_pref_adapters.files import existing
+from selective_pref_adapters.pairs.collate import KEY_BYTES
 
 FORMAT = 1
 """Version of the files; another one is not read."""
 
-KEY_BYTES = 16
 SUFFIX = ".safetensors"
 _CHECK_BYTES = 8
 _ABANDONED_AFTER_SECONDS = 3600  # a file that is being written is younger

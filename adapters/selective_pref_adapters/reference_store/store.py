@@ -21,7 +21,7 @@ missing, and filling the store again computes and writes them anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,7 +154,8 @@ class ReferenceStore:
         found = self.values_of(rows)
         lacking = [number for number, values in enumerate(found) if values is None]
         if lacking:
-            raise MissingRowsError(self._lacking(len(lacking), rows, [f"row {n} ({_shown(rows[n])})" for n in lacking]))
+            names = [f"row {n} ({_shown(rows[n])})" for n in lacking]
+            raise MissingRowsError(self._lacking(len(lacking), len(rows), [len(row.ids) for row in rows], names))
         out = np.zeros((ids.shape[0], max(ids.shape[1] - 1, 0)), dtype=np.float32)
         for number, (row, values) in enumerate(zip(rows, found, strict=True)):
             out[number, positions[number][1:][row.mask[1:]] - 1] = values
@@ -173,22 +174,36 @@ class ReferenceStore:
         self.index.refresh()
         return [row for row in different_rows(rows).values() if not self.has(row)]
 
-    def missing(self, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    def missing(self, pairs: Iterable[TokenizedPair]) -> list[TokenizedPair]:
         """The pairs of which a side is not stored, or not intact."""
-        rows = rows_of_pairs(pairs)
-        lacking = {row.key for row in self.missing_rows(rows)}
-        return [p for n, p in enumerate(pairs) if rows[2 * n].key in lacking or rows[2 * n + 1].key in lacking]
+        return [pair for pair, _, stored in self._looked_up(pairs) if not stored]
 
     def has(self, row: Row) -> bool:
         """Whether a row is stored and intact, as far as this process has looked."""
         return self.index.values(row.key, row.values) is not None
 
-    def check(self, pairs: Sequence[TokenizedPair]) -> None:
+    def check(self, pairs: Iterable[TokenizedPair]) -> None:
         """Raises MissingRowsError unless both sides of every pair are stored: ask before the first step."""
-        lacking = self.missing(pairs)
+        lengths: list[int] = []
+        lacking: list[str] = []
+        count = 0
+        for pair, rows, stored in self._looked_up(pairs):
+            count += 1
+            lengths += [len(row.ids) for row in rows]
+            lacking += [] if stored else [pair.place]
         if lacking:
-            rows = rows_of_pairs(pairs)
-            raise MissingRowsError(self._lacking(len(lacking), rows, [pair.place for pair in lacking], "pairs"))
+            raise MissingRowsError(self._lacking(len(lacking), count, lengths, lacking, "pairs"))
+
+    def _looked_up(self, pairs: Iterable[TokenizedPair]) -> Iterator[tuple[TokenizedPair, list[Row], bool]]:
+        """Each pair with its rows, and whether all of them are stored; no more than one is held in memory."""
+        self.index.refresh()
+        seen: dict[bytes, bool] = {}
+        for pair in pairs:
+            rows = rows_of_pairs([pair])
+            for row in rows:
+                if row.key not in seen:
+                    seen[row.key] = self.has(row)
+            yield pair, rows, all(seen[row.key] for row in rows)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises unless every token of `tokenizer` has the same id in the reference's vocabulary.
@@ -246,20 +261,18 @@ class ReferenceStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lacking(self, count: int, rows: Sequence[Row], names: list[str], kind: str = "rows") -> str:
-        total = len(rows) // 2 if kind == "pairs" else len(rows)
+    def _lacking(self, count: int, total: int, lengths: list[int], names: list[str], kind: str = "rows") -> str:
         shown = "; ".join(names[:3]) + (f"; and {count - 3} more" if count > 3 else "")
         damage = f" Damaged shards: {', '.join(self.damaged)}." if self.damaged else ""
         return (
             f"{count} of {total} {kind} are not in the store {self.folder} (reference {self.space.label!r}): {shown}."
-            f"{damage} {self.lengths(rows)} A row is found by its exact token ids and completion mask: max_length, "
+            f"{damage} {self.lengths(lengths)} A row is found by its exact token ids and completion mask: max_length, "
             f"truncation, template and tokenizer must be those that the store was filled with.{FILL} --max-length N "
             "--truncation-mode MODE, as in training"
         )
 
-    def lengths(self, rows: Sequence[Row]) -> str:
+    def lengths(self, lengths: Sequence[int]) -> str:
         """Two sentences that let a reader see whether rows are lacking because they were cut at other lengths."""
-        lengths = [len(row.ids) for row in rows]
         longest = max(lengths, default=0)
         alike = lengths.count(longest)
         said = f"The longest row that was asked for has {longest} tokens."

@@ -8,17 +8,24 @@ in `recipes/dpo` may be named by their file name alone.
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import load_dataset
+from datasets import Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -29,10 +36,13 @@ from trl import (
     get_quantization_config,
 )
 
-from selective_pref_adapters.pairs import parse_columns, read_rows
-from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, splits_of
+from selective_pref_adapters.launching.together import own_folder
+from selective_pref_adapters.pairs import SKIP, PreferenceRow, RowError, parse_columns, scan_rows
+from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, raw_rows, splits_of
+from selective_pref_adapters.pairs.large.naming import code_digest, content_of
 from selective_pref_adapters.recipes import bare_word, config_file
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
+from selective_pref_adapters.trl_trainer.data import READ_ROW
 from selective_pref_adapters.trl_trainer.trainer import SelectiveDPOTrainer
 
 
@@ -59,7 +69,11 @@ def main(arguments: Sequence[str]) -> None:
         "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
     words = with_config_file(parser, arguments)
-    if "--deepspeed" in words and not torch.cuda.is_available():
+    for flag, module in (("--deepspeed", "deepspeed"), ("--use_peft", "peft")):
+        if flag in words and importlib.util.find_spec(module) is None:
+            raise ValueError(f"{flag} needs {module}, which is not installed: pip install 'selective-pref[{module}]'")
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its configuration asks for DeepSpeed
+    if ("--deepspeed" in words or by_accelerate) and not torch.cuda.is_available():
         start_deepspeed_on_cpu()
     script, args, model, mixture = parser.parse_args_and_config(args=words)
     if not model.model_name_or_path:
@@ -70,9 +84,19 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    with own_folder(Path(str(args.output_dir)), {}):
+        trainer = _trained(script, args, model, mixture)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _trained(
+    script: SelectiveDPOArguments, args: SelectiveDPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig
+) -> SelectiveDPOTrainer:
+    """The trainer, when it has saved its model."""
     splits = load_splits(script, mixture, args)
     trainer = SelectiveDPOTrainer(
-        model=model.model_name_or_path,
+        model=str(model.model_name_or_path),
         ref_model=script.ref_model_name_or_path,
         args=args,
         train_dataset=split_of(splits, script.dataset_train_split),
@@ -86,8 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"model saved to {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
 
 
 def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
@@ -135,6 +158,58 @@ def start_deepspeed_on_cpu() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
 
 
+def rows_on_disk(source: str, columns: str | None, skip_malformed: bool) -> tuple[Dataset, list[str]]:
+    """(the rows of a file or folder as `prepared` takes them, how they were read), in the cache of `datasets`.
+
+    They are read once, by one process, into Arrow under a name made of all that decides them; every process maps the
+    same file into its memory, and so do later runs.
+
+    Raises:
+        RowError: a row is no preference pair, and such rows are not to be skipped.
+        ValueError: a file cannot be read, or holds no rows.
+        OSError: the cache cannot be written to.
+    """
+    notes: list[str] = []
+    about: list[str] = []
+    with closing(raw_rows(source, notes)) as raw:
+        next(raw, None)  # which says what is read of a folder
+    how = {"source": source, "columns": columns, "skip": skip_malformed}
+    what = {"content": content_of(source), "reader": code_digest()}
+    try:
+        rows = Dataset.from_generator(
+            _read, features=Features({READ_ROW: Value("large_string"), _SCHEMA: Value("string")}), gen_kwargs=how | what
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError | OSError):
+            raise error.__cause__ from None
+        raise
+    counts = {one["values"]: one["counts"] for one in pc.value_counts(rows.data[_SCHEMA]).to_pylist()}
+    malformed = counts.pop(_MALFORMED, 0)
+    if malformed:
+        wrong = pc.index(rows.data[_SCHEMA], _MALFORMED).as_py()
+        about.append(f"{malformed} malformed rows left out, the first: {rows[wrong][READ_ROW]}")
+        rows = rows.select(
+            np.flatnonzero(pc.not_equal(rows.data[_SCHEMA].combine_chunks(), _MALFORMED).to_numpy(False))
+        )
+    if not len(rows):
+        raise ValueError(f"{source} holds no rows" + (f" but {malformed} malformed ones" if malformed else ""))
+    read = ", ".join(f"{schema} rows: {count}" for schema, count in Counter(counts).most_common())
+    return rows.remove_columns(_SCHEMA), [*notes, f"{Path(source).name}: {read}", *about]
+
+
+_SCHEMA, _MALFORMED = "schema", "malformed"
+
+
+def _read(source: str, columns: str | None, skip: bool, **_: str) -> Iterator[dict[str, str]]:
+    for row in scan_rows(source, columns=parse_columns(columns)):
+        if isinstance(row, PreferenceRow):
+            yield {READ_ROW: json.dumps(asdict(row)), _SCHEMA: row.schema}
+        elif skip:
+            yield {READ_ROW: str(row), _SCHEMA: _MALFORMED}
+        else:
+            raise RowError(f"{row}. {SKIP}", row.kind) from row
+
+
 class LocalSplits(Mapping[str, Any]):
     """Split → rows of a file or folder, read when they are asked for; "train" is what `read_rows` reads by default."""
 
@@ -146,12 +221,8 @@ class LocalSplits(Mapping[str, Any]):
     def __getitem__(self, split: str) -> Any:
         if split not in self._names:
             raise KeyError(split)
-        malformed: list[str] | None = [] if self._args.skip_malformed_rows else None
-        notes: list[str] = []
         source = self._source if split == "train" else f"{self._source}:{split}"
-        rows = read_rows(source, malformed, columns=parse_columns(self._args.columns), notes=notes)
-        if malformed:
-            notes.append(f"{len(malformed)} malformed rows left out, the first: {malformed[0]}")
+        rows, notes = rows_on_disk(source, self._args.columns, self._args.skip_malformed_rows)
         if PartialState().is_main_process:
             print(*(f"note: {note}" for note in notes), sep="\n", file=sys.stderr)
         return rows

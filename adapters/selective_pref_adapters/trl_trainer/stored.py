@@ -6,6 +6,7 @@ In: a data set as TRL has prepared it, and the collator that cuts its rows. Out:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,12 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
     Raises:
         ValueError: the data set cannot be read twice.
     """
+    return list(each_pair(dataset, collator, name))
+
+
+def each_pair(dataset: Any, collator: Any, name: str) -> Iterator[TokenizedPair]:
+    """As `pairs_of`, one pair after the other."""
     check_stored_dataset(dataset)
-    pairs = []
     for number, example in enumerate(dataset):
         batch = collator([example])
         sides = []
@@ -64,15 +69,12 @@ def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
             start = counts.index(True) if True in counts else len(counts)
             sides.append((batch["input_ids"][row][attended].tolist(), start, uncounted_spans(counts, start)))
         (chosen_ids, chosen_start, chosen_uncounted), (rejected_ids, rejected_start, rejected_uncounted) = sides
-        pairs.append(
-            TokenizedPair(
-                chosen_ids=chosen_ids,
-                rejected_ids=rejected_ids,
-                chosen_prompt_length=chosen_start,
-                rejected_prompt_length=rejected_start,
-                chosen_uncounted=chosen_uncounted,
-                rejected_uncounted=rejected_uncounted,
-                place=example.get("place", f"{name}, row {number}"),
-            )
+        yield TokenizedPair(
+            chosen_ids=chosen_ids,
+            rejected_ids=rejected_ids,
+            chosen_prompt_length=chosen_start,
+            rejected_prompt_length=rejected_start,
+            chosen_uncounted=chosen_uncounted,
+            rejected_uncounted=rejected_uncounted,
+            place=example.get("place", f"{name}, row {number}"),
         )
-    return pairs

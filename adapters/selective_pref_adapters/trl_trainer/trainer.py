@@ -62,7 +62,7 @@ from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
 from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
-from selective_pref_adapters.trl_trainer.stored import WithStoredReference, bare, pairs_of
+from selective_pref_adapters.trl_trainer.stored import WithStoredReference, bare, each_pair, pairs_of
 from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, batch_weights, with_pair_weights
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         store.check_tokenizer(self._tokenizer)
         for dataset in (self.train_dataset, *all_sets(self.eval_dataset)):
             if dataset is not None:
-                store.check(pairs_of(dataset, bare(self.data_collator), "data set"))
+                store.check(each_pair(dataset, bare(self.data_collator), "data set"))
         self.data_collator = WithStoredReference(collator=self.data_collator, store=store, key=SCORING_REF_LOGPS)
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:

@@ -1,14 +1,12 @@
-"""DeepSpeed: processes, engines around policy and reference, the optimiser's step."""
+"""DeepSpeed: engines around policy and reference, the optimiser's step."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pickle
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +24,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from selective_pref_adapters.heads import install_fused_head
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.sharded import give_freed_memory_back, is_sharded
-
-
-def start_processes(config: TrainConfig) -> tuple[int, int]:
-    """(rank of this process, number of processes). Without a launcher there is one."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="deepspeed")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():  # else DeepSpeed would look for MPI
-        os.environ.setdefault(name, value)
-    if config.zero_stage == 3:
-        give_freed_memory_back()
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at every start
-    deepspeed.init_distributed(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        verbose=False,
-        timeout=timedelta(minutes=config.process_timeout_minutes),
-    )
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes() -> None:
-    """Leaves the process group; for the end of a program, since no other run can follow in it."""
-    if dist.get_world_size() > 1:
-        dist.destroy_process_group()
+from selective_pref_adapters.sharded import is_sharded
 
 
 def start_engine(config: TrainConfig, policy: torch.nn.Module, steps: int, per_step: int) -> tuple[Any, Any]:
