@@ -7,7 +7,7 @@
 Llamas of about 420 MiB in float32 with random weights are made on the spot. What tiny models take in the same job is
 subtracted, and the rest is given in multiples of a model's size, for the process that takes the most. Two readings:
 
-resident    the largest resident set (`ru_maxrss`), with the pages of mapped files, which others share and the system
+resident    the largest resident set (`VmHWM`), with the pages of mapped files, which others share and the system
             takes back when it needs them
 private     the largest amount of anonymous memory (`RssAnon`, read every 5 ms), which nothing but this process can free
 """
@@ -83,12 +83,11 @@ def dpo_flags(folder: Path, models: Path) -> list[str]:
 
 
 def finish(status: int) -> None:
-    """Ends this process, or says how much memory it took."""
-    import resource
-
+    """Ends this process, or says how much memory it took; `ru_maxrss` would begin with that of the parent."""
     if status:
         sys.exit(status)
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}", flush=True)
+    (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    print(f"peak {int(peak) / 1024}", flush=True)
 
 
 def peaks(folder: Path, models: str, processes: int, options: list[str]) -> tuple[float, float]:
