@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref_adapters.batch import Batch, from_bits
 from selective_pref_adapters.heads import frozen_per_token_logps, install_fused_head
@@ -136,6 +137,24 @@ class StoredReference:
         if rows.any():
             logps[rows] = self.store.lookup({name: tensor[rows] for name, tensor in batch.items()})
         return logps
+
+
+def in_deepspeed(model: nn.Module, accelerator: Any) -> Any:
+    """A DeepSpeed engine around a frozen model, in the precision that an accelerator's DeepSpeed settings name.
+
+    Under ZeRO-3 it is sharded; below, there is nothing to shard without an optimiser. One model, one engine: a second
+    one would gather its weights twice.
+    """
+    import deepspeed
+
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3 if is_deepspeed_zero3_enabled() else 0},
+        **{name: settings[name] for name in ("bf16", "fp16", "torch_autocast") if name in settings},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
 
 
 def ref_logps_of(batch: Batch, key: str, reference: Reference | None) -> Tensor | None:

@@ -8,8 +8,9 @@ Of a sharded model every process must ask, for the same tensors in the same orde
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -86,3 +87,16 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
         answer = torch.tensor(int(equal), device=second.device if _is_part(theirs) else first.device)
     dist.broadcast(answer, src=0)
     return bool(answer)
+
+
+_M_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+
+
+def give_freed_memory_back() -> None:
+    """Has the C library return a large block to the system as soon as it is freed; only glibc is asked.
+
+    Else its threshold rises to 32 MiB with the first such block that is freed. ZeRO-3 gathers and frees whole
+    parameters all the time, between them it keeps small parts, and the holes add up to more than the model.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -1,4 +1,4 @@
-"""What a launcher starts: `selective-pref train`, whose second process dies in its second step."""
+"""What a launcher starts: `selective-pref train`, whose second process dies in its second step of two batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dying(engine: Any) -> float:
     """Like an out-of-memory killer: no exception, no good-bye."""
     global calls
     calls += 1
-    if calls == 2 and os.environ["RANK"] == "1":
+    if calls == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return step_engine(engine)
 

@@ -130,6 +130,13 @@ def zero3_online() -> dict[str, Any]:
     return both(whole)
 
 
+def zero3_stored(stored: ReferenceStore) -> dict[str, Any]:
+    collator = PreferenceCollator(TOKENIZER, reference_store=stored)
+    trainer = build("zero3-stored", SelectivePreferenceLoss(), collator=collator, **zero3("fp32"))
+    trainer.train()
+    return both(trainer)
+
+
 def zero3_bf16(stored: ReferenceStore) -> dict[str, Any]:
     """Stored log-probs keep their float32 bits; a resumed run logs what the whole one does and loads its best model."""
     seen: list[bool] = []
@@ -167,6 +174,6 @@ def zero3_lora() -> dict[str, Any]:
 results: dict[str, Any] = {"ddp": ddp()}
 stored = store()  # before a ZeRO-3 configuration is alive: models that are loaded then are sharded
 results |= {"nan": one_broken_number(stored), "zero3": zero3_online(), "zero3_bf16": zero3_bf16(stored)}
-results["zero3_lora"] = zero3_lora()
+results |= {"zero3_stored": zero3_stored(stored), "zero3_lora": zero3_lora()}
 (OUT / f"rank{RANK}.json").write_text(json.dumps(results))
 dist.destroy_process_group()

@@ -20,7 +20,7 @@ from selective_pref_adapters.cli import main
 from selective_pref_adapters.deepspeed_loop import loop, sampling
 from selective_pref_adapters.options import TrainConfig
 
-PATIENCE = 150  # seconds after which a run counts as hanging
+PATIENCE = 250  # seconds after which a run counts as hanging
 
 
 def server() -> Any:
@@ -120,6 +120,18 @@ def count_shared() -> list[int]:
 lay_out_of_the_heads = heads.lay_out
 
 
+def count_batches() -> list[int]:
+    """How many batches are trained on from now on."""
+    batches, whole = [0], loop.step_engine
+
+    def step_engine(engine: Any) -> float:
+        batches[0] += 1
+        return whole(engine)
+
+    loop.step_engine = step_engine
+    return batches
+
+
 def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
     """All that two processes are asked to do; results go to `folder`, one file a process."""
     seen: dict[str, Any] = {}
@@ -127,13 +139,13 @@ def everything(folder: Path, configs: dict[str, TrainConfig]) -> None:
         if name == "empty rank":
             train_with_empty_rank(config)
             continue
-        if name == "stopped":
+        if name.endswith("stopped"):
             stop_at(3, rank="1")
-        shared = count_shared()
+        shared, batches = count_shared(), count_batches()
         result = loop.train(config)
         loop.step_engine = step_engine_of_the_loop
         seen[name] = {"metrics": result.metrics, "summary": result.summary, "stopped_at": result.stopped_at}
-        seen[name]["shares"] = shared[0] >= 4
+        seen[name] |= {"shares": shared[0] >= 4, "batches": batches[0]}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 

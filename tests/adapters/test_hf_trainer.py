@@ -799,7 +799,7 @@ def test_two_processes(
         eval_steps=3,
     )
     single.train()
-    for name in ("ddp", "zero3"):
+    for name in ("ddp", "zero3", "zero3_stored"):
         assert_alike(results[0][name]["train"], logged(single), rel=2e-4, abs=1e-5)
         assert_alike(results[0][name]["eval"], logged(single, "eval_loss"), rel=2e-4, abs=1e-5)
     assert [("another process" in result["nan"]) for result in results] == [True, False]

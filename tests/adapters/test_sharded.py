@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from selective_pref_adapters.deepspeed_loop import train
-from selective_pref_adapters.deepspeed_loop.engine import check_models, load, loading, saving, start_processes
-from selective_pref_adapters.models import load_model
+from selective_pref_adapters.deepspeed_loop.data import load_pairs
+from selective_pref_adapters.deepspeed_loop.engine import (
+    check_models,
+    checkpoint,
+    load,
+    loading,
+    saving,
+    start_processes,
+)
+from selective_pref_adapters.heads import model_per_token_logps
+from selective_pref_adapters.models import load_model, load_tokenizer
 from selective_pref_adapters.options import TrainConfig
+from selective_pref_adapters.pairs import collate
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.sharded import is_sharded, same_weights, whole_tensors
 from tiny import make_model, text_rows, write_jsonl
@@ -75,6 +89,42 @@ def test_a_model_is_cut_while_it_is_loaded(config: TrainConfig) -> None:
         assert model.config._name_or_path == config.model
 
 
+def test_one_tensor_of_the_files_is_in_memory_at_a_time(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the next one has let go of those before, and of their file."""
+    alive: list[weakref.ref[Any]] = []
+    most: list[int] = []
+    open_file = checkpoint.safe_open
+
+    class Watched:
+        """A safetensors file; what is read from it is counted for as long as someone holds it."""
+
+        def __init__(self, path: str, **options: Any) -> None:
+            self.file = open_file(path, **options)
+            alive.append(weakref.ref(self))
+
+        def __enter__(self) -> Watched:
+            self.inside = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inside, name)
+
+        def get_tensor(self, key: str) -> torch.Tensor:
+            tensor = self.inside.get_tensor(key)
+            alive.append(weakref.ref(tensor))
+            most.append(sum(isinstance(found(), torch.Tensor) for found in alive))
+            assert sum(isinstance(found(), Watched) for found in alive) == 1
+            return tensor
+
+    monkeypatch.setattr(checkpoint, "safe_open", Watched)
+    load(config, config.model)
+    assert len(most) == len(load_file(Path(config.model) / "model.safetensors"))
+    assert max(most) == 1
+
+
 def test_the_model_is_written_file_after_file(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "FILE_SIZE", 4000)
     result = train(config)
@@ -85,6 +135,19 @@ def test_the_model_is_written_file_after_file(config: TrainConfig, monkeypatch: 
     assert saved.state_dict().keys() == start.state_dict().keys()
     assert any(not torch.equal(t, start.state_dict()[n]) for n, t in saved.state_dict().items())
     assert all(torch.allclose(t, start.state_dict()[n], atol=1e-4) for n, t in saved.state_dict().items())
+
+
+def test_one_process_that_holds_all_parts(config: TrainConfig) -> None:
+    """With a running reference, and with one that fills a store first: the losses of models that were never cut."""
+
+    def losses(name: str, **options: Any) -> list[float]:
+        named = str(Path(config.output_dir) / name)
+        longer = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "output_dir": named}
+        return [line["loss"] for line in train(dataclasses.replace(config, **longer, **options)).metrics]
+
+    expected = pytest.approx(losses("whole", zero_stage=0), rel=1e-6)
+    assert losses("running") == expected
+    assert losses("stored", reference_store=str(Path(config.output_dir) / "store")) == expected
 
 
 def test_what_cannot_be_loaded_in_parts_is_refused_before_anything_is(config: TrainConfig, tmp_path: Path) -> None:
@@ -112,7 +175,19 @@ def test_what_cannot_be_loaded_in_parts_is_refused_before_anything_is(config: Tr
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
+    def several_files_of_another_format(folder: Path) -> None:
+        other_format(folder)
+        weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        (folder / "pytorch_model.bin").unlink()
+        places = {name: f"pytorch_model-{number % 2 + 1:05d}-of-00002.bin" for number, name in enumerate(weights)}
+        for file in set(places.values()):
+            torch.save({name: tensor for name, tensor in weights.items() if places[name] == file}, folder / file)
+        index = {"weight_map": places, "metadata": {}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        AutoModelForCausalLM.from_pretrained(folder)  # as it is read whole
+
     refused("cannot be loaded in parts: expected model.safetensors", other_format)
+    refused("cannot be loaded in parts: expected model.safetensors", several_files_of_another_format)
     refused("names files that are not there: model-00002-of-00002", one_missing)
     refused("model.safetensors cannot be read", cut_off)
     refused("has the shape", lambda folder: configured(folder, intermediate_size=48))
@@ -143,3 +218,34 @@ def test_adapters_that_make_no_sense(config: TrainConfig, options: dict[str, Any
     config.zero_stage = 0
     with pytest.raises(ValueError, match=message):
         train(config)
+
+
+def test_adapters_at_every_stage(config: TrainConfig) -> None:
+    """The same losses; the base model is the reference; PEFT reads what is saved, and finds the policy's log-probs."""
+
+    def run(name: str, zero_stage: int, **options: Any) -> Any:
+        settings = config.deepspeed_config if zero_stage == 3 else None
+        changed = {"zero_stage": zero_stage, "deepspeed_config": settings, "ref_model": None, "lora_r": 2, **options}
+        longer = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "eval_fraction": 0.3}
+        named = str(Path(config.output_dir) / name)
+        return dataclasses.replace(config, objective="dpo", beta=0.5, output_dir=named, **longer, **changed)
+
+    def losses(result: Any) -> list[float]:
+        return [line["loss"] for line in result.metrics if "loss" in line]
+
+    beside = train(run("beside", 0, ref_model=config.model))
+    assert losses(beside)[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses(beside)[2] < math.log(2) - 1e-5
+    for stage in range(4):
+        adapted = run(f"stage {stage}", stage)
+        result = train(adapted)
+        assert losses(result) == pytest.approx(losses(beside), rel=1e-6), stage
+        base = load_model(config.model, dtype="float32")
+        loaded = PeftModel.from_pretrained(base, str(result.output_dir))
+        _, held_out, _ = load_pairs(adapted, load_tokenizer(config.model), 64, progress=False)
+        batch = collate(held_out, 0)
+        with torch.no_grad():
+            sums = model_per_token_logps(loaded, batch).masked_fill(batch["completion_mask"][:, 1:] == 0, 0.0).sum(1)
+        mean = sums[: len(held_out)].mean().item()
+        assert mean == pytest.approx(result.summary["after"]["eval_logps/chosen"], rel=1e-5), stage
+        assert mean != pytest.approx(result.summary["before"]["eval_logps/chosen"], rel=1e-5)

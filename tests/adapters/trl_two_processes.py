@@ -124,6 +124,8 @@ def main(policy: str, reference: str, mixture: str, folder: Path) -> None:
         "zero2": {"ref_model": reference, "deepspeed": zero(2)},
         "zero3": {"ref_model": reference, "deepspeed": zero(3), "picture_pairs": 3},
         "zero3 store": {"reference_store": store, "deepspeed": zero(3)},
+        "zero3 filled": {"ref_model": reference, "reference_store": str(folder / "filled"), "deepspeed": zero(3)},
+        "zero3 resumed": {"ref_model": reference, "deepspeed": zero(3), "save_strategy": "steps", "save_steps": 2},
         "zero3 bf16": {"ref_model": reference, "deepspeed": zero(3, bf16=True), "bf16": True},
         "zero3 bf16 store": {"reference_store": store, "deepspeed": zero(3, bf16=True), "bf16": True},
         "zero3 self": {"deepspeed": zero(3)},
@@ -135,6 +137,9 @@ def main(policy: str, reference: str, mixture: str, folder: Path) -> None:
         before = shared[0]
         trainer = make(folder=folder, **{"policy": policy, **changed})
         trainer.train()
+        if name == "zero3 resumed":  # from the second of four steps, with weights and optimiser in DeepSpeed's parts
+            trainer = make(folder=folder, policy=policy, **changed)
+            trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
         sharded = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
         steps = [line for line in trainer.state.log_history if "loss" in line]
         every_rank: list[Any] = [None, None]

@@ -1,11 +1,13 @@
 """Peak memory of the training job under ZeRO-3: policy and reference, several processes, one step and the export.
 
-    python tests/benchmarks/bench_sharded_loading.py [--processes 2] [--layers 8]
+    python tests/benchmarks/bench_sharded_loading.py [--processes 2] [--layers 8] [--door train|dpo]
+
+`--door dpo` is TRL's trainer (`selective-pref dpo`) in place of the loop (`selective-pref train`).
 
 Llamas of about 420 MiB in float32 with random weights are made on the spot. What tiny models take in the same job is
 subtracted, and the rest is given in multiples of a model's size, for the process that takes the most. Two readings:
 
-resident    the largest resident set (`ru_maxrss`), with the pages of mapped files, which others share and the system
+resident    the largest resident set (`VmHWM`), with the pages of mapped files, which others share and the system
             takes back when it needs them
 private     the largest amount of anonymous memory (`RssAnon`, read every 5 ms), which nothing but this process can free
 """
@@ -13,6 +15,7 @@ private     the largest amount of anonymous memory (`RssAnon`, read every 5 ms),
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -49,18 +52,42 @@ def prepare(folder: Path, layers: int) -> float:
 
 def job(folder: str, models: str, options: list[str]) -> None:
     """What each process runs."""
-    import resource
-
     from selective_pref_adapters.cli import main
 
     models_of = Path(folder) / models
+    if options[0] == "dpo":
+        return finish(main(["dpo", *dpo_flags(Path(folder), models_of), *options[1:]]))
     flags = ["--model", f"{models_of / 'policy'}", "--ref-model", f"{models_of / 'reference'}"]
     flags += ["--pairs", f"{folder}/pairs.jsonl", "--output-dir", f"{folder}/run-{models}"]
-    flags += ["--eval-fraction", "0", "--max-steps", "1", "--batch-size", "1", "--zero-stage", "3", *options]
-    status = main(["train", *flags])
+    flags += ["--eval-fraction", "0", "--max-steps", "1", "--batch-size", "1", "--zero-stage", "3"]
+    return finish(main(["train", *flags, *options[1:]]))
+
+
+def dpo_flags(folder: Path, models: Path) -> list[str]:
+    settings = {
+        **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
+        "zero_optimization": {
+            "stage": 3,
+            "sub_group_size": 20_000_000,  # as in the loop
+            **dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto"),
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    (folder / f"zero-{os.environ['RANK']}.json").write_text(json.dumps(settings))
+    flags = ["--model_name_or_path", f"{models / 'policy'}", "--ref_model_name_or_path", f"{models / 'reference'}"]
+    flags += ["--dataset_name", f"{folder}/pairs.jsonl", "--output_dir", f"{folder}/dpo-{models.name}"]
+    flags += ["--use_cpu", "--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "1"]
+    flags += ["--dtype", "float32", "--gradient_checkpointing", "false", "--save_strategy", "no", "--report_to", "none"]
+    return [*flags, "--deepspeed", f"{folder}/zero-{os.environ['RANK']}.json"]
+
+
+def finish(status: int) -> None:
+    """Ends this process, or says how much memory it took; `ru_maxrss` would begin with that of the parent."""
     if status:
         sys.exit(status)
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}", flush=True)
+    (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    print(f"peak {int(peak) / 1024}", flush=True)
 
 
 def peaks(folder: Path, models: str, processes: int, options: list[str]) -> tuple[float, float]:
@@ -104,10 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--door", choices=["train", "dpo"], default="train")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options, further = parser.parse_known_args()
     if options.job:
         return job(*options.job[:2], [*options.job[2:], *further])
+    further = [options.door, *further]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = prepare(folder, options.layers)

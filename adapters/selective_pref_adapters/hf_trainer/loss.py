@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective, PreferenceLoss, diagnostics, per_token_logps
 from selective_pref_adapters.batch import PAIR_WEIGHTS, REF_LOGPS, SCORING_REF_LOGPS, from_bits, labels_of
@@ -39,7 +38,7 @@ from selective_pref_adapters.objectives import (
 )
 from selective_pref_adapters.objectives.named_losses import check_name
 from selective_pref_adapters.options import UNREAD, LossOptions
-from selective_pref_adapters.references import AdapterOffReference, RunningReference, ref_logps_of
+from selective_pref_adapters.references import AdapterOffReference, RunningReference, in_deepspeed, ref_logps_of
 
 DISTANCE = "distance"  # of policy and reference; read by `SelectionCallback`, not logged
 NO_REFERENCE = (
@@ -280,13 +279,4 @@ def started_as_policy(trainer: Trainer, model: nn.Module, _: torch.device) -> An
         return shard_reference(model, accelerator)
     if not trainer.is_deepspeed_enabled:
         return accelerator.prepare_model(model, evaluation_mode=True)
-    import deepspeed
-
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3 if is_deepspeed_zero3_enabled() else 0},
-        **{name: settings[name] for name in ("bf16", "fp16", "torch_autocast") if name in settings},
-    }
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine
+    return in_deepspeed(model, accelerator)

@@ -14,6 +14,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path
 
 from selective_pref_adapters.batch import REF_LOGPS, Batch
@@ -35,10 +37,11 @@ from selective_pref_adapters.references import (
     RunningReference,
     StoredReference,
     evaluating,
+    in_deepspeed,
     is_initial_policy,
     ref_logps_of,
 )
-from selective_pref_adapters.sharded import is_sharded
+from selective_pref_adapters.sharded import give_freed_memory_back, is_sharded
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -93,7 +96,16 @@ class TrainerReference:
         self.model: nn.Module | None = None
         self._fsdp = asks_for_fsdp(args)
         self._adapter = adapter
-        copies = not self.stored or (self._fsdp and self._fills)  # FSDP2 shards the policy only when training begins
+        self._engine: Any = None
+        # FSDP2 shards the policy only when training begins, and ZeRO-3 lets no second engine gather its weights.
+        if zero_3 := is_deepspeed_zero3_enabled():
+            give_freed_memory_back()
+        copies = not self.stored or ((self._fsdp or zero_3) and self._fills)
+        if zero_3 and self._fills and adapter and ref_model is None:
+            raise ValueError(
+                "under ZeRO-3 the policy with its adapters off cannot fill a store: give the model that it stands on "
+                "as ref_model beside reference_store, or fill the store first (selective-pref score)"
+            )
         if ref_model is not None or (needed and not adapter and copies):
             loaded = load_reference(ref_model, policy, args, quantization_config)
             # TRL wraps the model while it builds the trainer: what runs is known at the first batch.
@@ -147,7 +159,7 @@ class TrainerReference:
             return False
         self._fills = self._args.precompute_ref_log_probs
         if not self._fills:
-            self.model = None
+            self.model = self._engine = None
         self._trainer.ref_model = self.model
         return self._fills
 
@@ -219,11 +231,6 @@ class TrainerReference:
     ) -> ReferenceStore:
         """Computes what the store lacks, each process its share."""
         trainer, args = self._trainer, self._args
-        if is_sharded(model) and trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "under ZeRO-3 no process holds the whole reference, so it cannot fill a store: fill it first "
-                "(selective-pref score), and give reference_store without ref_model and precompute_ref_log_probs"
-            )
         if not hasattr(model, "hf_device_map") and not is_sharded(model):
             model.to(trainer.accelerator.device)
         if store is None:
@@ -238,8 +245,15 @@ class TrainerReference:
             pad_token_id=trainer._tokenizer.pad_token_id,
             batch_tokens=2 * batch_size * args.max_length,
             progress=not args.disable_tqdm,
+            engine=partial(self._sharded_engine, model) if is_sharded(model) and trainer.is_deepspeed_enabled else None,
         )
         return store
+
+    def _sharded_engine(self, model: nn.Module) -> Any:
+        """What is called in place of a model that ZeRO-3 has cut; one, however many data sets fill the store."""
+        if self._engine is None:
+            self._engine = in_deepspeed(model, self._trainer.accelerator)
+        return self._engine
 
 
 def _nothing() -> nn.Module:

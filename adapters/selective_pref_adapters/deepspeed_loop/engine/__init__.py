@@ -2,7 +2,7 @@
 
 checkpoint   safetensors files, of which values are read when they are needed
 loading      model folders → models, or under ZeRO-3 this process's part of them; whether there is room for them
-memory       room for weights; what is freed goes back to the system
+memory       room for weights
 processes    they find one another, each on its device
 engine       engines around policy and reference, the optimiser's step
 lora         adapters on the policy

@@ -1,8 +1,7 @@
-"""The memory of this process: how much room there is for weights, and that what is freed goes back to the system."""
+"""How much room the memory of this process has for weights."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,18 +11,6 @@ import torch
 import torch.distributed as dist
 
 from selective_pref_adapters.options import TrainConfig
-
-_M_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
-
-
-def give_freed_memory_back() -> None:
-    """Has the C library return a large block to the system as soon as it is freed; only glibc is asked.
-
-    Else its threshold rises to 32 MiB with the first such block that is freed. ZeRO-3 gathers and frees whole
-    parameters all the time, between them it keeps small parts, and the holes add up to more than the model.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def room_for_weights(config: TrainConfig) -> tuple[float, str]:

@@ -18,9 +18,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a line on stdout when it has to guess
 import deepspeed
 
-from selective_pref_adapters.deepspeed_loop.engine.memory import give_freed_memory_back
 from selective_pref_adapters.launching.launcher import check_address
 from selective_pref_adapters.options import TrainConfig
+from selective_pref_adapters.sharded import give_freed_memory_back
 
 
 def start_processes(config: TrainConfig) -> tuple[int, int]:
