@@ -254,7 +254,11 @@ def _options(config: type[C], arguments: list[str], command: str) -> C:
 
     flags = _with_config_file(arguments, config, command)
     run, _ = COMMANDS[command]
-    return tyro.cli(config, args=flags, prog=f"selective-pref {command}", description=inspect.getdoc(run))
+    try:
+        return tyro.cli(config, args=flags, prog=f"selective-pref {command}", description=inspect.getdoc(run))
+    except ValueError as error:  # of the dataclass itself; newer versions of tyro end the program with it
+        print(f"selective-pref {command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _with_config_file(arguments: list[str], config: type, command: str) -> list[str]:
