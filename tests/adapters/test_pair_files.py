@@ -212,9 +212,9 @@ for source in sys.argv[1:]:
     assert test.startswith("1 some/pairs:test, row 0")
     assert other.startswith("FileNotFoundError no preference pairs at some/pairs:other")
     assert "Unknown split" in other
-    read_as_one_table = "ValueError some/broken: the files of this data set cannot be read as one table: "
-    assert broken.startswith(
-        (read_as_one_table, "FileNotFoundError no preference pairs at some/broken")
-    )  # datasets 4.7
-    assert "hf download --repo-type dataset some/broken --local-dir FOLDER" in broken
+    if "Expected object or value" in broken:  # datasets 4.7: no error of its own where a table cannot be made
+        assert broken.startswith("FileNotFoundError no preference pairs at some/broken")
+    else:
+        assert broken.startswith("ValueError some/broken: the files of this data set cannot be read as one table: ")
+        assert "hf download --repo-type dataset some/broken --local-dir FOLDER" in broken
     assert "The hub does not give it either: Dataset 'some/absent' doesn't exist" in absent
