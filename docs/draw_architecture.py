@@ -17,7 +17,7 @@ PACKAGE = "selective_pref_adapters"
 SOURCE = Path(__file__).resolve().parents[1] / "adapters" / PACKAGE
 PICTURE = Path(__file__).with_name("architecture.svg")
 CORE = "selective_pref"
-COLUMNS = 6
+COLUMNS = 7
 STARTS = 40
 
 

@@ -174,7 +174,7 @@ FLOORS = [
     {"model_inputs", "shared_prefix"},
     {"batch"},
     {"pairs"},
-    {"model_checks"},
+    {"model_checks", "weight_files"},
     {"models", "fsdp"},
     {"options", "files", "recipes", "sharded", "launching"},
 ]

@@ -20,9 +20,7 @@ from selective_pref_adapters.deepspeed_loop import train
 from selective_pref_adapters.deepspeed_loop.data import load_pairs
 from selective_pref_adapters.deepspeed_loop.engine import (
     check_models,
-    checkpoint,
     load,
-    loading,
     saving,
     start_processes,
 )
@@ -32,6 +30,7 @@ from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import collate
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.sharded import is_sharded, same_weights, whole_tensors
+from selective_pref_adapters.weight_files import checkpoint, checks
 from tiny import make_model, text_rows, write_jsonl
 
 
@@ -196,7 +195,7 @@ def test_what_cannot_be_loaded_in_parts_is_refused_before_anything_is(config: Tr
 
 
 def test_models_larger_than_all_memory_are_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "room_for_weights", lambda _: (1000.0, "on its host"))
+    monkeypatch.setattr(checks, "room_for_weights", lambda *, offloaded: (1000.0, "on its host"))
     with pytest.raises(ValueError, match=r"larger than all memory together: .* for policy .* for reference"):
         train(config)
     assert not Path(config.output_dir).exists()

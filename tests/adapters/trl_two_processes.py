@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selective_pref import NonFiniteError
 from selective_pref_adapters import heads
@@ -135,6 +136,11 @@ def main(policy: str, reference: str, mixture: str, folder: Path) -> None:
     }
     for name, changed in runs.items():
         before = shared[0]
+        if name == "zero3":
+            other_format = folder / f"other_format{dist.get_rank()}"
+            AutoConfig.from_pretrained(reference).save_pretrained(other_format)  # and no safetensors
+            with pytest.raises(ValueError, match=r"cannot be loaded in parts: expected model\.safetensors"):
+                make(folder=folder, policy=policy, **{**changed, "ref_model": str(other_format)})
         trainer = make(folder=folder, **{"policy": policy, **changed})
         trainer.train()
         if name == "zero3 resumed":  # from the second of four steps, with weights and optimiser in DeepSpeed's parts

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 
 from selective_pref import Objective
@@ -17,14 +18,37 @@ from selective_pref_adapters.model_checks import check_padding, check_policy, ch
 from selective_pref_adapters.models import (
     check_same_tokenizer,
     check_token_ids,
+    model_config,
     own_vocabulary,
 )
 from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
+from selective_pref_adapters.weight_files import check_weight_files
 
 logger = logging.getLogger(__name__)
+
+
+def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *, twice: bool) -> None:
+    """Under ZeRO-3: raises ValueError where a model given by its name cannot be loaded in parts, or has no room.
+
+    Quantised models, and revisions, are left to transformers.
+    """
+    options = args.model_init_kwargs or {}
+    named: dict[str, str] = {}
+    for what, model in (("policy", policy), ("reference", ref_model or (policy if twice else None))):
+        if not isinstance(model, str) or options.keys() & {"revision", "quantization_config"}:
+            continue
+        if getattr(model_config(model), "quantization_config", None) is None:
+            named[what] = model
+    dtype = options.get("dtype", torch.float32)
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    settings = args.hf_deepspeed_config
+    offloaded = settings is not None and settings.get_value("zero_optimization.offload_param.device") in ("cpu", "nvme")
+    check_weight_files(
+        named, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16, offloaded=offloaded, shapes=False
+    )
 
 
 def check_arguments(args: Any, objective: Objective | None, datasets: list[Any]) -> None:

@@ -42,6 +42,7 @@ from selective_pref_adapters.references import (
     ref_logps_of,
 )
 from selective_pref_adapters.sharded import give_freed_memory_back, is_sharded
+from selective_pref_adapters.trl_trainer.checks import check_named_models
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class TrainerReference:
         # FSDP2 shards the policy only when training begins, and ZeRO-3 lets no second engine gather its weights.
         if zero_3 := is_deepspeed_zero3_enabled():
             give_freed_memory_back()
+            check_named_models(args, policy, ref_model, twice=needed and not adapter and not self.stored)
         copies = not self.stored or ((self._fsdp or zero_3) and self._fills)
         if zero_3 and self._fills and adapter and ref_model is None:
             raise ValueError(

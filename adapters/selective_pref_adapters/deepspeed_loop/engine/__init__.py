@@ -1,8 +1,6 @@
 """Models from disk to DeepSpeed and back.
 
-checkpoint   safetensors files, of which values are read when they are needed
 loading      model folders → models, or under ZeRO-3 this process's part of them; whether there is room for them
-memory       room for weights
 processes    they find one another, each on its device
 engine       engines around policy and reference, the optimiser's step
 lora         adapters on the policy

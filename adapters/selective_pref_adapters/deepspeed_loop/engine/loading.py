@@ -19,12 +19,11 @@ from transformers import GenerationConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from selective_pref_adapters.deepspeed_loop.engine.checkpoint import Checkpoint
 from selective_pref_adapters.deepspeed_loop.engine.engine import shared_settings
-from selective_pref_adapters.deepspeed_loop.engine.memory import room_for_weights
 from selective_pref_adapters.models import load_model, model_config
 from selective_pref_adapters.monitoring import anywhere
 from selective_pref_adapters.options import TrainConfig
+from selective_pref_adapters.weight_files import Checkpoint, check_weight_files
 
 
 def load(config: TrainConfig, name: str) -> nn.Module:
@@ -77,24 +76,9 @@ def check_models(config: TrainConfig, names: Mapping[str, str | None]) -> None:
     Raises:
         ValueError: on every process.
     """
-    item = getattr(torch, config.dtype).itemsize
-    sizes: dict[str, int] = {}
-    for what, name in names.items():
-        if name is None:
-            continue
-        if config.zero_stage == 3:
-            checkpoint = Checkpoint.open(name)
-            checkpoint.shell()
-            sizes[f"{what} {name}"] = checkpoint.numbers * item
-        else:
-            model_config(name)
-    room, where = room_for_weights(config)
-    needed = sum(sizes.values()) / dist.get_world_size()
-    if needed > room:
-        listed = ", ".join(f"{size / 1e9:.4g} GB for {what}" for what, size in sizes.items())
-        raise ValueError(
-            f"the weights alone are larger than all memory together: {listed} in {config.dtype}, over "
-            f"{dist.get_world_size()} processes with {room / 1e9:.4g} GB each {where}. Use more processes on other "
-            "machines, dtype bfloat16, offload_parameters, or a reference_store instead of a reference model (it can "
-            "be filled elsewhere, or from a server: selective-pref score)"
-        )
+    used = {what: name for what, name in names.items() if name is not None}
+    if config.zero_stage == 3:
+        check_weight_files(used, getattr(torch, config.dtype), offloaded=config.offload_parameters)
+        return
+    for name in used.values():
+        model_config(name)

@@ -10,18 +10,19 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from selective_pref_adapters.options import TrainConfig
 
-
-def room_for_weights(config: TrainConfig) -> tuple[float, str]:
-    """(bytes that the process with the least has for weights, where)."""
-    if torch.cuda.is_available() and not config.offload_parameters:
+def room_for_weights(*, offloaded: bool) -> tuple[float, str]:
+    """(bytes that the process with the least has for weights, where); of all processes, each of which must ask."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if torch.cuda.is_available() and not offloaded:
         room, where = float(torch.cuda.mem_get_info()[0]), "on its device"
     else:
         room, where = float(psutil.virtual_memory().available), "on its host"
         with suppress(OSError, ValueError):  # a container's limit; "max" is none
             room = min(room, float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-        room /= int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    rooms: list[float] = [0.0] * dist.get_world_size()
+        room /= int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if processes == 1:
+        return room, where
+    rooms: list[float] = [0.0] * processes
     dist.all_gather_object(rooms, room)
     return min(rooms), where
