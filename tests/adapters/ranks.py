@@ -156,10 +156,14 @@ def run_cli(arguments: list[str]) -> None:
 
 def one_hangs(config: TrainConfig) -> None:
     """The second process sleeps in a step; the first must give up by itself."""
+    ready = Path(config.output_dir).parent / "ready"
+    (ready / os.environ["RANK"]).mkdir(parents=True)
+    while len(list(ready.iterdir())) < 2:  # on a busy machine one may start seconds before the other
+        time.sleep(0.05)
     started = time.monotonic()
     if os.environ["RANK"] == "1":
-        loop.step_engine = lambda _: time.sleep(12) or os._exit(3)
+        loop.step_engine = lambda _: time.sleep(20) or os._exit(3)
     try:
         loop.train(config)
     except RuntimeError:
-        os._exit(17 if time.monotonic() - started < 10 else 1)
+        os._exit(17 if time.monotonic() - started < 18 else 1)

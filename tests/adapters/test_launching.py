@@ -221,7 +221,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, st
         processes = [context.Process(target=both, args=(rank, port, folder, results)) for rank in (0, 1)]
         for process in processes:
             process.start()
-        found = dict(results.get(timeout=100) for _ in processes)
+        found = dict(results.get(timeout=250) for _ in processes)
         for process in processes:
             process.join(20)
     assert [process.exitcode for process in processes] == [0, 0]

@@ -72,7 +72,7 @@ def configured(files: dict[str, Path], name: str, **options: Any) -> TrainConfig
         "logging_steps": 1,
         "eval_fraction": 0.2,
         "max_steps": 4,
-        "process_timeout_minutes": 1.0,
+        "process_timeout_minutes": 4.0,
     }
     return TrainConfig(**{**settings, **options})
 
@@ -280,7 +280,7 @@ def test_each_process_takes_its_device_before_the_first_exchange(monkeypatch: py
 
 @pytest.mark.slow
 def test_one_that_hangs_does_not_hold_the_others_for_ever(files: dict[str, Path]) -> None:
-    config = configured(files, "hanging", process_timeout_minutes=0.05, eval_fraction=0)
+    config = configured(files, "hanging", process_timeout_minutes=0.15, eval_fraction=0)
     assert run_ranks(one_hangs, config) == [17, 3]
 
 
