@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from selective_pref_adapters import heads
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.deepspeed_loop import loop, sampling
+from selective_pref_adapters.launching import together
+from selective_pref_adapters.launching.together import LOCK, own_folder
 from selective_pref_adapters.options import TrainConfig
 
 PATIENCE = 250  # seconds after which a run counts as hanging
@@ -59,6 +62,7 @@ def _as_rank(rank: int, world_size: int, port: int, function: Callable[..., None
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),  # accelerate leaves another one in the process of the tests
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
@@ -167,3 +171,26 @@ def one_hangs(config: TrainConfig) -> None:
         loop.train(config)
     except RuntimeError:
         os._exit(17 if time.monotonic() - started < 18 else 1)
+
+
+def see_one_folder(rank: int, port: int, folder: Path, results: Any) -> None:
+    """What the two processes see of each case: the message of an error, or what they found."""
+    together.PATIENCE = 0.5
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {
+        "one folder": (folder / "run", {"beta": 0.1}),
+        "two folders": (folder / f"run-{rank}", {}),
+        "other options": (folder / "run", {"beta": 0.1, "seed": rank}),
+        "used": (folder / "used", {}),
+    }
+    seen: dict[str, str] = {}
+    for name, (own, options) in cases.items():
+        try:
+            with own_folder(own, options):
+                seen[name] = (own / LOCK).read_text()
+                dist.barrier()  # the first process has not left yet
+        except (ValueError, OSError) as error:
+            seen[name] = f"{type(error).__name__}: {error}"
+        dist.barrier()
+    results.put((rank, seen))
+    dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Iterator
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
+from ranks import see_one_folder, server
 from selective_pref_adapters.launching import together
 from selective_pref_adapters.launching.launcher import PLACE, check_address, first_host, join_launcher
 from selective_pref_adapters.launching.together import LOCK, own_folder
@@ -186,39 +185,16 @@ def test_a_file_system_without_locks_is_said(
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def both(rank: int, port: int, folder: Path, results: Any) -> None:
-    """What the two processes see of each case: the message of an error, or what they found."""
-    together.PATIENCE = 0.5
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    cases: dict[str, tuple[Path, dict[str, Any]]] = {
-        "one folder": (folder / "run", {"beta": 0.1}),
-        "two folders": (folder / f"run-{rank}", {}),
-        "other options": (folder / "run", {"beta": 0.1, "seed": rank}),
-        "used": (folder / "used", {}),
-    }
-    seen: dict[str, str] = {}
-    for name, (own, options) in cases.items():
-        try:
-            with own_folder(own, options):
-                seen[name] = (own / LOCK).read_text()
-                dist.barrier()  # the first process has not left yet
-        except (ValueError, OSError) as error:
-            seen[name] = f"{type(error).__name__}: {error}"
-        dist.barrier()
-    results.put((rank, seen))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
     folder = tmp_path_factory.mktemp("both")
-    context = multiprocessing.get_context("fork")
+    context = server()  # no fork of this process, where other tests may have left a process group
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = context.Queue()
     with own_folder(folder / "used", {}):
-        processes = [context.Process(target=both, args=(rank, port, folder, results)) for rank in (0, 1)]
+        processes = [context.Process(target=see_one_folder, args=(rank, port, folder, results)) for rank in (0, 1)]
         for process in processes:
             process.start()
         found = dict(results.get(timeout=250) for _ in processes)
