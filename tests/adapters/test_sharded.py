@@ -201,6 +201,18 @@ def test_models_larger_than_all_memory_are_refused(config: TrainConfig, monkeypa
     assert not Path(config.output_dir).exists()
 
 
+def test_room_is_counted_in_the_dtype_that_the_weights_will_have(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(tensor.numel() for tensor in load_file(Path(config.model) / "model.safetensors").values())
+    for dtype, each in ((torch.bfloat16, 2), (torch.float32, 4), (None, 4)):  # the files hold float32
+        monkeypatch.setattr(checks, "room_for_weights", lambda *, offloaded, each=each: (size * each, "here"))
+        checks.check_weight_files({"policy": config.model}, dtype)
+        monkeypatch.setattr(checks, "room_for_weights", lambda *, offloaded, each=each: (size * each - 1, "here"))
+        with pytest.raises(ValueError, match="larger than all memory together"):
+            checks.check_weight_files({"policy": config.model}, dtype)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -43,12 +43,11 @@ def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *,
         if getattr(model_config(model), "quantization_config", None) is None:
             named[what] = model
     dtype = options.get("dtype", torch.float32)
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):  # "auto" takes that of the files
+        dtype = getattr(torch, dtype, None)
     settings = args.hf_deepspeed_config
     offloaded = settings is not None and settings.get_value("zero_optimization.offload_param.device") in ("cpu", "nvme")
-    check_weight_files(
-        named, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16, offloaded=offloaded, shapes=False
-    )
+    check_weight_files(named, dtype, offloaded=offloaded, shapes=False)
 
 
 def check_arguments(args: Any, objective: Objective | None, datasets: list[Any]) -> None:

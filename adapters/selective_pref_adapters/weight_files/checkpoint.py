@@ -78,10 +78,9 @@ class Checkpoint:
                 )
         return type(shell), shell.config
 
-    @property
-    def numbers(self) -> int:
-        """How many weights it holds."""
-        return sum(math.prod(shape) for shape, _ in self.shapes.values())
+    def size(self, dtype: torch.dtype | None) -> int:
+        """Bytes of all weights in a dtype; None for the one that each has in its file."""
+        return sum(math.prod(shape) * (dtype or own).itemsize for shape, own in self.shapes.values())
 
     def tensors(self, *, values: bool) -> dict[str, Tensor]:
         """Every tensor by name: one that is read when it is copied; without `values` its shape alone."""

@@ -12,7 +12,7 @@ from selective_pref_adapters.weight_files.memory import room_for_weights
 
 
 def check_weight_files(
-    models: Mapping[str, str], dtype: torch.dtype, *, offloaded: bool = False, shapes: bool = True
+    models: Mapping[str, str], dtype: torch.dtype | None, *, offloaded: bool = False, shapes: bool = True
 ) -> None:
     """Refuses models that cannot be loaded in parts, or whose weights alone have no room; nothing is loaded.
 
@@ -20,7 +20,7 @@ def check_weight_files(
 
     Args:
         models: what it is, for the message → folder or hub id.
-        dtype: in which the weights are held.
+        dtype: in which the weights are held; None for the one of the files.
         offloaded: whether they lie in the memory of the hosts although there are devices.
         shapes: compare the shapes in the files with those of a causal language model of that configuration.
 
@@ -33,13 +33,14 @@ def check_weight_files(
         checkpoint = Checkpoint.open(name)
         if shapes:
             checkpoint.shell()
-        sizes[f"{what} {name}"] = checkpoint.numbers * dtype.itemsize
+        sizes[f"{what} {name}"] = checkpoint.size(dtype)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     room, where = room_for_weights(offloaded=offloaded)
     if sum(sizes.values()) / processes > room:
+        held = "the dtype of the files" if dtype is None else str(dtype).removeprefix("torch.")
         listed = ", ".join(f"{size / 1e9:.4g} GB for {what}" for what, size in sizes.items())
         raise ValueError(
-            f"the weights alone are larger than all memory together: {listed} in {str(dtype).removeprefix('torch.')}, "
+            f"the weights alone are larger than all memory together: {listed} in {held}, "
             f"over {processes} processes with {room / 1e9:.4g} GB each {where}. Use more processes on other machines, "
             "bfloat16, parameters that are offloaded, or a reference store instead of a reference model (it can be "
             "filled elsewhere, or from a server: selective-pref score)"
