@@ -28,7 +28,12 @@ import torch
 
 from selective_pref.fused import fused_per_token_logps
 
-SIZES = {"large": (1024, 896, 151_936), "medium": (1024, 2048, 32_000), "small": (256, 64, 4_000)}
+SIZES = {
+    "huge": (4096, 2048, 151_936),  # for a GPU
+    "large": (1024, 896, 151_936),
+    "medium": (1024, 2048, 32_000),
+    "small": (256, 64, 4_000),
+}
 SHARES = (0.1, 0.2, 0.4, 0.6, 1.0)
 SEQUENCES = 4  # Liger's loss wants sequences: two pairs
 Case = tuple[str, float]

@@ -1,10 +1,11 @@
-"""The three adapters on a GPU, beside the same runs on the CPU: losses of a few steps, float32 and bf16.
+"""The three adapters on a GPU, beside the same runs on the CPU: losses of a few steps, float32 and bf16; and sharded.
 
     python tests/gpu/trainers_gpu.py [--tiny]
 
 A small Llama with random weights learns from made-up pairs beside another one as reference, with Selective-DPO. Each
 run is a process of its own; those on the CPU do not see the GPU. The losses of float32 must agree; those of bf16 come
-near. (The loop shuffles otherwise than the Trainers do.) `--tiny` runs the CPU alone.
+near. (The loop shuffles otherwise than the Trainers do.) Under ZeRO-3 and FSDP2 the one process holds all shards, but
+weights are gathered and gradients scattered as on many. `--tiny` runs the CPU alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +47,16 @@ def make_files(folder: Path) -> None:
         make_model(folder / name, seed, words, **SHAPE, **more)
 
 
-def with_trl(folder: Path, bf16: bool, gpu: bool) -> list[float]:
+def with_trl(folder: Path, bf16: bool, gpu: bool, **sharded: Any) -> list[float]:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
 
     trainer = SelectiveDPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "policy"),
-        ref_model=AutoModelForCausalLM.from_pretrained(folder / "reference"),
-        args=SelectiveDPOConfig(selection_ratio=0.4, max_length=256, **arguments(folder, bf16, gpu, 0.1)),
+        model=str(folder / "policy"),
+        ref_model=str(folder / "reference"),
+        args=SelectiveDPOConfig(selection_ratio=0.4, max_length=256, **arguments(folder, bf16, gpu, 0.1), **sharded),
         train_dataset=Dataset.from_list([json.loads(line) for line in (folder / "rows.jsonl").open()]),
         processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
     )
@@ -60,7 +64,7 @@ def with_trl(folder: Path, bf16: bool, gpu: bool) -> list[float]:
     return losses_of(trainer)
 
 
-def with_hf(folder: Path, bf16: bool, gpu: bool) -> list[float]:
+def with_hf(folder: Path, bf16: bool, gpu: bool, **sharded: Any) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
     from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
@@ -68,9 +72,11 @@ def with_hf(folder: Path, bf16: bool, gpu: bool) -> list[float]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     pairs, _ = tokenize_pairs(read_rows(folder / "rows.jsonl"), tokenizer, max_length=256)
+    # Made before the models, which are then born sharded under ZeRO-3.
+    args = TrainingArguments(remove_unused_columns=False, **arguments(folder, bf16, gpu), **sharded)
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "policy"),
-        args=TrainingArguments(remove_unused_columns=False, **arguments(folder, bf16, gpu)),
+        args=args,
         train_dataset=pairs,
         data_collator=PreferenceCollator(tokenizer),
         compute_loss_func=SelectivePreferenceLoss(
@@ -131,7 +137,27 @@ def losses_of(trainer: Any) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-RUNS = {"TRL": with_trl, "HF Trainer": with_hf, "loop, ZeRO-3": with_the_loop}
+ZERO_3: dict[str, Any] = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+    }
+}
+FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+RUNS: dict[str, Callable[[Path, bool, bool], list[float]]] = {
+    "TRL": with_trl,
+    "TRL, ZeRO-3": partial(with_trl, **ZERO_3),
+    "TRL, FSDP2": partial(with_trl, **FSDP2),
+    "HF Trainer": with_hf,
+    "HF Trainer, ZeRO-3": partial(with_hf, **ZERO_3),
+    "HF Trainer, FSDP2": partial(with_hf, **FSDP2),
+    "loop, ZeRO-3": with_the_loop,
+}
 
 
 def main() -> None:
@@ -146,22 +172,29 @@ def main() -> None:
     settings = [("float32", "CPU"), *([] if options.tiny else [("float32", "GPU"), ("bfloat16", "GPU")])]
     print("| adapter | device | dtype | losses |")
     print("|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 3)) as at_once:
         folder = Path(name)
         make_files(folder)
-        for adapter in RUNS:
-            for dtype, device in settings:
-                command = [sys.executable, __file__, "--run", adapter, name, dtype, device]
-                hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "CPU" else {}
-                run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=False)
-                if run.returncode:
-                    said = run.stderr.strip().splitlines()
-                    print(f"failed: {adapter}, {device}, {dtype}: {said[-1] if said else run.returncode}", flush=True)
-                    print(run.stderr[-3000:], file=sys.stderr)
-                    continue
-                losses = next(json.loads(line) for line in reversed(run.stdout.splitlines()) if line.startswith("["))
-                shown = ", ".join(f"{loss:.4f}" for loss in losses)
-                print(f"| {adapter} | {device} | {dtype} | {shown} |", flush=True)
+        cases = [(adapter, dtype, device) for adapter in RUNS for dtype, device in settings]
+        runs = at_once.map(lambda case: in_a_process(name, cases.index(case), *case), cases)
+        for case, run in zip(cases, runs, strict=True):
+            adapter, dtype, device = case
+            if run.returncode:
+                said = run.stderr.strip().splitlines()
+                print(f"failed: {adapter}, {device}, {dtype}: {said[-1] if said else run.returncode}", flush=True)
+                print(run.stderr[-3000:], file=sys.stderr)
+                continue
+            losses = next(json.loads(line) for line in reversed(run.stdout.splitlines()) if line.startswith("["))
+            shown = ", ".join(f"{loss:.4f}" for loss in losses)
+            print(f"| {adapter} | {device} | {dtype} | {shown} |", flush=True)
+
+
+def in_a_process(folder: str, number: int, adapter: str, dtype: str, device: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "CPU" else {})}
+    if "," in adapter:
+        env |= {**ALONE, "MASTER_PORT": str(29_600 + number)}
+    command = [sys.executable, __file__, "--run", adapter, folder, dtype, device]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
 if __name__ == "__main__":
