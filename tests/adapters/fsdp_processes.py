@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -40,7 +42,8 @@ POLICY, REFERENCE, FOLDER = (Path(argument) for argument in sys.argv[1:4])
 MIXTURE = FOLDER / "mixture"  # whose layers are of another class than the reference's
 ROWS = text_rows(48)
 EVALUATED = ROWS[:5]  # on two processes with two each: the last batch is filled up with repeated pairs
-SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
+LAYERS = Version(transformers.__version__) >= Version("5.10")  # are units of their own without being asked for
+SHARDED: dict[str, Any] = {"fsdp": True if LAYERS else "full_shard auto_wrap", "fsdp_config": {"version": 2}}
 
 
 def settings(name: str, **changed: Any) -> dict[str, Any]:

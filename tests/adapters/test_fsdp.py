@@ -101,7 +101,7 @@ def test_a_plain_process_and_fsdp2_compute_the_same(seen: Seen, folder: Path) ->
 def test_both_models_are_sharded_layer_by_layer(seen: Seen, folder: Path) -> None:
     for run in (seen["two-0"][name] for name in ("trl", "trl self", "trl bf16", "trl resumed", "hf", "hf lora")):
         assert list(run["sharded"].values()) == [True, True]
-        assert min(run["units"].values()) > 3  # the whole, its layer, its embedding, its norm and its head
+        assert min(run["units"].values()) > 1  # the whole and its layer; newer ones also its embedding, norm and head
     assert seen["two-0"]["trl"]["shared"] >= 8  # batches whose prompts were computed once
     log = (folder / "log").read_text()
     assert "served by its logits" not in log
