@@ -48,7 +48,7 @@ test-processors: $(READY)
 			$(BIN)/python -m pytest -n 2 --dist worksteal || failed="$$failed $$setting"; \
 	done; test -z "$$failed" || { echo "failed with$$failed"; exit 1; }
 
-# In an environment of its own: torch of 2025 from PyPI comes with CUDA's libraries.
+# In an environment of its own: torch from PyPI comes with CUDA's libraries.
 LOWEST := .venv-lowest
 test-lowest:
 	test -d $(LOWEST) || $(PYTHON) -m venv $(LOWEST)
