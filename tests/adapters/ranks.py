@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from selective_pref_adapters.launching.together import LOCK, own_folder
 from selective_pref_adapters.options import TrainConfig
 
 PATIENCE = 250  # seconds after which a run counts as hanging
+GRACE = 30  # seconds for the others to end by themselves, where one has failed
 PRELOADED = ("deepspeed_loop", "hf_trainer", "trl_trainer", "fsdp")
 
 
@@ -58,17 +60,20 @@ def run_ranks(
 ) -> list[int]:
     """Exit codes of `world_size` processes that run `function(*arguments)` as a launcher would start them.
 
-    The watchdog: whoever is left after PATIENCE is killed, and its exit code says so.
+    The watchdog: whoever is left after PATIENCE, or GRACE after another one failed, is killed; its exit code says so.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [start(_as_rank, rank, world_size, port, function, arguments, log=log) for rank in range(world_size)]
+    end = time.monotonic() + PATIENCE
+    while (running := [process for process in processes if process.is_alive()]) and time.monotonic() < end:
+        wait([process.sentinel for process in running], end - time.monotonic())
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + GRACE)
     for process in processes:
-        process.join(PATIENCE)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
 
 
@@ -188,14 +193,14 @@ def one_hangs(config: TrainConfig) -> None:
     while len(list(ready.iterdir())) < 2:  # on a busy machine one may start seconds before the other
         time.sleep(0.05)
 
-    def wait(_: Any) -> Any:
+    def wait_in_step(_: Any) -> Any:
         end = time.monotonic() + 60
         while not given_up.exists() and time.monotonic() < end:
             time.sleep(0.05)
         os._exit(3 if given_up.exists() else 1)
 
     if os.environ["RANK"] == "1":
-        loop.step_engine = wait
+        loop.step_engine = wait_in_step
     try:
         loop.train(config)
     except RuntimeError:
