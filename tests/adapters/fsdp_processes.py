@@ -1,6 +1,6 @@
 """What `test_fsdp.py` runs: processes under FSDP2, and one without it that they are compared with.
 
-    python fsdp_processes.py POLICY REFERENCE FOLDER
+    fsdp_processes.py POLICY REFERENCE FOLDER
 
 It imports everything once and forks, as often as `WORLDS` says, processes that are started as `torchrun` starts them.
 Each writes what it saw of each run into FOLDER/WORLD-RANK.json, and weights beside it.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +27,62 @@ from selective_pref_adapters.launching.together import LOCK, own_folder
 from selective_pref_adapters.options import TrainConfig
 
 PATIENCE = 250  # seconds after which a run counts as hanging
+GRACE = 30  # seconds for the others to end by themselves, where one has failed
+PRELOADED = ("deepspeed_loop", "hf_trainer", "trl_trainer", "fsdp")
 
 
 def server() -> Any:
     """The start method that forks from a server with everything imported: a second a process, not ten."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selective_pref_adapters.deepspeed_loop"])  # silent where it fails
+    names = [f"selective_pref_adapters.{name}" for name in PRELOADED]
+    context.set_forkserver_preload(["peft", *names])  # silent where it fails
     return context
 
 
-def start(function: Callable[..., None], *arguments: Any) -> Any:
-    """A process that runs `function`; the caller joins it."""
-    process = server().Process(target=function, args=arguments)
+def start(function: Callable[..., None], *arguments: Any, log: Path | None = None) -> Any:
+    """A process that runs `function`; the caller joins it. What it prints is added to the file `log`."""
+    process = server().Process(target=_run, args=(log, function, arguments))
     process.start()
     return process
 
 
-def run_ranks(function: Callable[..., None], *arguments: Any, world_size: int = 2) -> list[int]:
+def _run(log: Path | None, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):  # that of libraries and of processes that this one starts, too
+            os.dup2(file, stream)
+    gc.freeze()  # see the hook in tests/conftest.py
+    function(*arguments)
+
+
+def run_ranks(
+    function: Callable[..., None], *arguments: Any, world_size: int = 2, log: Path | None = None
+) -> list[int]:
     """Exit codes of `world_size` processes that run `function(*arguments)` as a launcher would start them.
 
-    The watchdog: whoever is left after PATIENCE is killed, and its exit code says so.
+    The watchdog: whoever is left after PATIENCE, or GRACE after another one failed, is killed; its exit code says so.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(_as_rank, rank, world_size, port, function, arguments) for rank in range(world_size)]
+    processes = [start(_as_rank, rank, world_size, port, function, arguments, log=log) for rank in range(world_size)]
+    end = time.monotonic() + PATIENCE
+    while (running := [process for process in processes if process.is_alive()]) and time.monotonic() < end:
+        wait([process.sentinel for process in running], end - time.monotonic())
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + GRACE)
     for process in processes:
-        process.join(PATIENCE)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
+
+
+def run_script(script: Path, *arguments: Any) -> None:
+    """What `python script arguments` would do, in this process, which ends with it."""
+    sys.argv = [str(script), *map(str, arguments)]
+    kept = runpy.run_path(str(script), run_name="__main__")
+    sys.stdout.flush()
+    os._exit(0 if kept else 1)  # without tidying up: see two_processes.py
 
 
 def _as_rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -159,18 +187,25 @@ def run_cli(arguments: list[str]) -> None:
 
 
 def one_hangs(config: TrainConfig) -> None:
-    """The second process sleeps in a step; the first must give up by itself."""
-    ready = Path(config.output_dir).parent / "ready"
+    """The second process waits in a step until the first has given up by itself."""
+    ready, given_up = Path(config.output_dir).parent / "ready", Path(config.output_dir).parent / "given up"
     (ready / os.environ["RANK"]).mkdir(parents=True)
     while len(list(ready.iterdir())) < 2:  # on a busy machine one may start seconds before the other
         time.sleep(0.05)
-    started = time.monotonic()
+
+    def wait_in_step(_: Any) -> Any:
+        end = time.monotonic() + 60
+        while not given_up.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        os._exit(3 if given_up.exists() else 1)
+
     if os.environ["RANK"] == "1":
-        loop.step_engine = lambda _: time.sleep(20) or os._exit(3)
+        loop.step_engine = wait_in_step
     try:
         loop.train(config)
     except RuntimeError:
-        os._exit(17 if time.monotonic() - started < 18 else 1)
+        given_up.touch()
+        os._exit(17)
 
 
 def see_one_folder(rank: int, port: int, folder: Path, results: Any) -> None:

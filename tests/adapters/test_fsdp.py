@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,34 +17,34 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.training_args import ParallelMode
 
+from ranks import run_script, start
 from selective_pref_adapters.fsdp import asks_for_fsdp
 from selective_pref_adapters.reference_store import ReferenceStore, reference_space
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from tiny import text_rows
+from tiny import make_model, text_rows
 
 LOSS_TOLERANCE = 2e-5  # relative, of a float32 loss: measured below 2e-6
 WEIGHT_TOLERANCE = 2e-4  # absolute, after steps of 1e-2: Adam magnifies the last bits of small gradients
 
+Once = Callable[[str, Callable[[Path], None]], Path]
 Seen = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, reference_folder: Path) -> Path:
+def folder(once: Once) -> Path:
     """Where all processes have written what they saw."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / part) for part in (".", "adapters"))
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fsdp_processes.py")), policy_folder, reference_folder, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=2400,
-    )
-    (folder / "log").write_text(run.stdout + run.stderr)
-    codes = json.loads((folder / "codes.json").read_text()) if run.returncode == 0 else {}
-    expected = {"plain and alone": [0, 0], "killed trl": [-9, -9], "killed hf": [-9, -9], "two": [0, 0]}
-    assert codes == expected, run.stderr[-6000:]
-    return folder
+
+    def run(folder: Path) -> None:
+        policy = make_model(folder / "policy", seed=1)
+        reference = make_model(folder / "reference", seed=2, hidden_size=24, intermediate_size=16)
+        script, log = Path(__file__).with_name("fsdp_processes.py"), folder / "log"
+        process = start(run_script, script, policy, reference, folder, log=log)
+        process.join(2400)
+        codes = json.loads((folder / "codes.json").read_text()) if process.exitcode == 0 else {}
+        expected = {"plain and alone": [0, 0], "killed trl": [-9, -9], "killed hf": [-9, -9], "two": [0, 0]}
+        assert codes == expected, log.read_text()[-6000:]
+
+    return once("fsdp", run)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +130,10 @@ def test_a_killed_run_is_resumed(seen: Seen, folder: Path, door: str, weights: s
 
 
 @pytest.mark.slow
-def test_a_sharded_reference_fills_the_store(seen: Seen, folder: Path, reference_folder: Path) -> None:
+def test_a_sharded_reference_fills_the_store(seen: Seen, folder: Path) -> None:
     """The store is the whole model's; and where one process meets a broken row, both end."""
-    space = reference_space(
-        AutoModelForCausalLM.from_pretrained(reference_folder), AutoTokenizer.from_pretrained(reference_folder)
-    )
+    whole = folder / "reference"
+    space = reference_space(AutoModelForCausalLM.from_pretrained(whole), AutoTokenizer.from_pretrained(whole))
     spaces = [ReferenceStore.open(folder / name).space for name in ("store", "store-alone")]
     assert [found.identity for found in spaces] == [space.identity] * 2
     raised = sorted(seen[process]["broken"].split(":")[0] for process in ("two-0", "two-1"))

@@ -7,9 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ranks import run_ranks, run_script
 from selective_pref import (
     NonFiniteError,
     combine_losses,
@@ -779,13 +777,9 @@ def test_two_processes(
     policy_folder: Path, reference_folder: Path, pairs_file: Path, build: Run, tmp_path: Path
 ) -> None:
     """One launch for everything that needs a second process: DDP, broken numbers on one of them, ZeRO-3."""
-    script = Path(__file__).with_name("hf_two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    command += [str(policy_folder), str(reference_folder), str(pairs_file), str(tmp_path)]
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters", "tests/adapters"))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    script, log = Path(__file__).with_name("hf_two_processes.py"), tmp_path / "log"
+    codes = run_ranks(run_script, script, policy_folder, reference_folder, pairs_file, tmp_path, log=log)
+    assert codes == [0, 0], log.read_text()[-4000:]
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0]["ddp"]["train"] == results[1]["ddp"]["train"]
     rows = tokenize_pairs(read_rows(pairs_file), AutoTokenizer.from_pretrained(policy_folder), max_length=64)[0]

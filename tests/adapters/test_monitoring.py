@@ -1,15 +1,14 @@
-"""Means and decisions over processes: one process here, two in a subprocess test."""
+"""Means and decisions over processes: one process here, two in one test."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from ranks import run_ranks
 from selective_pref import Response, dpo_loss
 from selective_pref_adapters.monitoring import (
     MetricWindow,
@@ -108,8 +107,9 @@ def test_same_weights() -> None:
     assert not same_weights(one, None)
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+def _rank() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     metrics = [{"a": torch.tensor(float(rank + 1))}]
     assert mean_over_pairs(metrics, [1 + 2 * rank]) == {"a": (1 * 1 + 2 * 3) / 4}
     window = MetricWindow()
@@ -121,8 +121,8 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_agree(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_agree() -> None:
+    assert run_ranks(_rank) == [0, 0]
 
 
 def test_the_signs_of_single_lines_count_where_tokens_are_selected() -> None:

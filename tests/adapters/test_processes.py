@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +34,38 @@ from selective_pref_adapters.seeing.runs import read_run
 from tiny import make_model, text_rows, write_jsonl
 
 Step = list[list[TokenizedPair]]
+Once = Callable[[str, Callable[[Path], None]], Path]
 LOSS_TOLERANCE = 1e-6  # relative, of a float32 loss: measured below 2e-7
 WEIGHT_TOLERANCE = 2e-4  # absolute, after steps of 1e-2: Adam magnifies the last bits of small gradients
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("two")
+def make_files(folder: Path) -> None:
     broken = make_model(folder / "broken", seed=2, hidden_size=24, intermediate_size=16)
     weights = load_file(broken / "model.safetensors")
     weights["model.embed_tokens.weight"][-1] = math.nan  # the last word only
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    settings = folder / "deepspeed.json"  # DeepSpeed leaves small parameters whole: nothing here would be sharded
-    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    # DeepSpeed leaves small parameters whole: nothing here would be sharded
+    (folder / "deepspeed.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     rows = json.loads(json.dumps(text_rows(35)).replace("w23", "w22"))
     for number in (3, 24):  # two rows that the broken reference cannot read
         rows[number]["chosen"] += " w23"
+    write_jsonl(folder / "broken.jsonl", rows)
+    make_model(folder / "policy", seed=1, tie_word_embeddings=True)
+    make_model(folder / "reference", seed=2, hidden_size=24, intermediate_size=16)
+    write_jsonl(folder / "pairs.jsonl", text_rows(35))  # 7 a prompt: an odd number is held out
+
+
+@pytest.fixture(scope="module")
+def files(once: Once) -> dict[str, Path]:
+    folder = once("two", make_files)
     return {
         "folder": folder,
-        "broken pairs": write_jsonl(folder / "broken.jsonl", rows),
-        "policy": make_model(folder / "policy", seed=1, tie_word_embeddings=True),
-        "reference": make_model(folder / "reference", seed=2, hidden_size=24, intermediate_size=16),
-        "broken": broken,
-        "pairs": write_jsonl(folder / "pairs.jsonl", text_rows(35)),  # 7 a prompt: an odd number is held out
-        "settings": settings,
+        "broken pairs": folder / "broken.jsonl",
+        "policy": folder / "policy",
+        "reference": folder / "reference",
+        "broken": folder / "broken",
+        "pairs": folder / "pairs.jsonl",
+        "settings": folder / "deepspeed.json",
     }
 
 
@@ -84,23 +93,28 @@ def resumable(files: dict[str, Path], name: str, **options: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def killed(files: dict[str, Path]) -> Any:
+def killed(files: dict[str, Path], once: Once) -> subprocess.CompletedProcess[str]:
     """What `torchrun` says of a sharded run, one process of which is killed in the second step."""
-    recipe = files["folder"] / "killed.yaml"
-    recipe.write_text(yaml.safe_dump(dataclasses.asdict(resumable(files, "killed"))))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*launcher, str(Path(__file__).with_name("failing_rank.py")), "train", "--config", str(recipe)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,  # the other one is ended by torchrun, or pytest ends this
-        check=False,
-    )
+
+    def run(folder: Path) -> None:
+        recipe = folder / "killed.yaml"
+        recipe.write_text(yaml.safe_dump(dataclasses.asdict(resumable(files, "killed"))))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*launcher, str(Path(__file__).with_name("failing_rank.py")), "train", "--config", str(recipe)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=1200,  # the other one is ended by torchrun, or pytest ends this
+            check=False,
+        )
+        (folder / "done.json").write_text(json.dumps(vars(done)))
+
+    return subprocess.CompletedProcess(**json.loads((once("two-killed", run) / "done.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def two(files: dict[str, Path], killed: Any) -> dict[str, Any]:
+def two(files: dict[str, Path], killed: Any, once: Once) -> dict[str, Any]:
     """Everything that two processes do, once: {name: {metrics, summary, stopped_at}} as the first process has it."""
     sharded = {"zero_stage": 3, "deepspeed_config": str(files["settings"])}
     configs = {
@@ -124,8 +138,12 @@ def two(files: dict[str, Path], killed: Any) -> dict[str, Any]:
         "resumed": resumable(files, "resumed"),
         "after the kill": resumable(files, "killed"),
     }
-    assert run_ranks(everything, files["folder"], configs) == [0, 0]
-    first, second = (json.loads((files["folder"] / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+
+    def run(folder: Path) -> None:
+        assert run_ranks(everything, folder, configs) == [0, 0]
+
+    folder = once("two-seen", run)
+    first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert json.dumps(first) == json.dumps(second)  # metrics and decisions, on both processes
     return first
 

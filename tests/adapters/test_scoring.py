@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ranks import run_cli, run_ranks, run_script, start
 from selective_pref import NonFiniteError
 from selective_pref_adapters.batch import REF_LOGPS, SCORING_REF_LOGPS, from_bits, to_bits
 from selective_pref_adapters.cli import main
@@ -41,8 +39,6 @@ from selective_pref_adapters.reference_store import (
 from selective_pref_adapters.reference_store.local import local_logps
 from selective_pref_adapters.reference_store.spaces import write_identity
 from tiny import WORDS, make_model, make_tokenizer, text_rows, write_jsonl
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -615,16 +611,13 @@ def test_killed_half_way_it_goes_on_where_it_was(
 ) -> None:
     store = tmp_path / "store"
     arguments = command(reference_folder, many_pairs, store, "--flush-seconds", "0.05")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "selective_pref_adapters.cli", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])},
-        stderr=subprocess.DEVNULL,
-    )
+    running = start(run_cli, arguments)
     deadline = time.monotonic() + 120
-    while len(list(store.glob("*/*.safetensors"))) < 3 and running.poll() is None and time.monotonic() < deadline:
+    while len(list(store.glob("*/*.safetensors"))) < 3 and running.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait(30) == -signal.SIGKILL
+    running.kill()
+    running.join(30)
+    assert running.exitcode == -signal.SIGKILL
     left = ReferenceStore.open(store).stat()
     assert left.damaged == {}
     assert 0 < left.rows < 3000
@@ -640,24 +633,10 @@ def test_two_processes_share_the_work(tmp_path: Path, reference_folder: Path, pa
     report = tmp_path / "report.json"
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    arguments = [str(part) for part in (reference_folder, pairs_file, tmp_path / "store", report)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-            *arguments,
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("40 pairs, 80 different rows: 0 were stored, 80 computed") == 1
+    arguments = (reference_folder, pairs_file, tmp_path / "store", report)
+    assert run_ranks(run_script, script, *arguments, log=tmp_path / "log") == [0, 0]
+    printed = (tmp_path / "log").read_text()
+    assert printed.count("40 pairs, 80 different rows: 0 were stored, 80 computed") == 1
     seen = json.loads(report.read_text())
     assert seen["second"] == {"hits": 80, "computed": 0, "forward_passes": 0}
     assert "computing log-probs failed on 1 other processes" in seen["failure seen by the other"]

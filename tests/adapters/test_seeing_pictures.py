@@ -115,9 +115,11 @@ def test_a_run_keeps_its_fixed_pairs_at_each_visit(given: tuple[PreferenceLoss, 
 def test_the_image_for_trackers(given: tuple[PreferenceLoss, Any, Any]) -> None:
     out, ids, tokenizer = given
     pairs = shown_pairs(out, ids, tokenizer)
-    bars = [patch.get_height() for axes in selection_figure(pairs, title="t").axes for patch in axes.patches]
-    weights = [weight for pair in pairs for _, side in pair.sides for weight in side.weights]
-    assert bars == pytest.approx([-0.45 * weight for weight in weights])
+    steps = [axes.patches[0].get_data() for axes in selection_figure(pairs, title="t").axes]
+    for (heights, edges, _), side in zip(steps, [side for pair in pairs for _, side in pair.sides], strict=True):
+        assert heights[1::2] == pytest.approx([-0.45 * weight for weight in side.weights])
+        assert not any(heights[::2])  # between the bars
+        assert [int(edge) for edge in edges[1::2]] == list(range(len(side.weights)))
 
 
 def test_tensorboard_keeps_the_images_of_all_steps(given: tuple[PreferenceLoss, Any, Any], tmp_path: Path) -> None:

@@ -877,7 +877,8 @@ def test_real_model_and_rows(shared: Path, tmp_path: Path, name: str) -> None:
         eval_fraction=0.004,
     )
     after = train(config).summary["after"]
-    again = TrainConfig(**{**vars(config), "model": str(tmp_path), "output_dir": str(tmp_path / "again")})
+    changed = {"model": str(tmp_path), "output_dir": str(tmp_path / "again"), "max_steps": 1, "picture_pairs": 0}
+    again = TrainConfig(**{**vars(config), **changed})
     before = train(again).summary["before"]
     assert before["eval_logps/chosen"] == after["eval_logps/chosen"]
     assert before["eval_rewards/margins"] == after["eval_rewards/margins"]

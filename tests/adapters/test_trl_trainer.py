@@ -9,10 +9,7 @@ import importlib
 import json
 import logging
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -29,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ranks import run_ranks, run_script
 from selective_pref import NonFiniteError, dpo_loss, select, selective_dpo_loss, simpo_loss
 from selective_pref_adapters.batch import responses
 from selective_pref_adapters.cli import main
@@ -942,18 +940,11 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
 
     Two processes share prompts; the one that they are compared with computes padded rows.
     """
-    script = Path(__file__).with_name("trl_two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    paths = os.pathsep.join(str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "adapters"))
+    script, log = Path(__file__).with_name("trl_two_processes.py"), tmp_path / "log"
     mixture = make_mixture(tmp_path / "mixture", seed=1)
-    run = subprocess.run(
-        [*command, *map(str, (policy_folder, reference_folder, mixture, tmp_path))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    codes = run_ranks(run_script, script, policy_folder, reference_folder, mixture, tmp_path, log=log)
+    printed = log.read_text()
+    assert codes == [0, 0], printed[-8000:]
     lines = {name: line for name, line in (json.loads(text) for text in (tmp_path / "runs.jsonl").open())}
     single = trained(make(eval_dataset=Dataset.from_list(ROWS[:5]), share_prefix="off"))
     single.evaluate()
@@ -995,8 +986,8 @@ def test_two_processes(tmp_path: Path, policy_folder: Path, reference_folder: Pa
     sizes = [[len(single.train_dataset[row][f"{side}_ids"]) for side in ("chosen", "rejected")] for row in range(3)]
     assert lines["zero3"]["kept"] == [pytest.approx([math.ceil(0.4 * size) for size in pair]) for pair in sizes]
     assert lines["nan"] == {"raised": [True, True], "own": [False, True]}
-    assert run.stderr.count("the reference equals the initial policy") == 2  # once a run, on the first process
-    assert "served by its logits" not in run.stderr
+    assert printed.count("the reference equals the initial policy") == 2  # once a run, on the first process
+    assert "served by its logits" not in printed
 
 
 def test_nothing_is_logged_twice(make: Make, caplog: pytest.LogCaptureFixture) -> None:

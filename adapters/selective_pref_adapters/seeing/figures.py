@@ -197,7 +197,10 @@ def selection_figure(pairs: Sequence[ShownPair], *, title: str) -> Canvas:
         for axes, (name, side) in zip(canvas.subplots(len(sides), 1, squeeze=False)[:, 0], sides, strict=True):
             scores = side.scores if side.scores is not None else (0.0,) * len(side.ids)
             axes.imshow([scores], aspect="auto", cmap=colours, vmin=-scale, vmax=scale, extent=(0, len(scores), 0, 1))
-            axes.bar([n + 0.5 for n in range(len(scores))], [-0.45 * w for w in side.weights], 0.9, color="#16181d")
+            # One shape for all bars, a tenth of a cell apart: a patch for each would take a millisecond each.
+            edges = [0.0, *(n + edge for n in range(len(scores)) for edge in (0.05, 0.95))]
+            heights = [height for weight in side.weights for height in (0.0, -0.45 * weight)]
+            axes.stairs(heights, edges, fill=True, color="#16181d", snap=True)
             axes.set(xlim=(0, width), ylim=(-0.5, 1), xticks=[], yticks=[])
             axes.set_title(name, fontsize=8, fontweight="normal", pad=2)
             axes.spines[:].set_visible(False)
