@@ -42,15 +42,8 @@ PAIRS = pa.schema(
     }
 )
 """The fields of `TokenizedPair`; all ids are empty in a row of which nothing is left."""
-ABOUT = pa.schema(
+OF_IDS = pa.schema(
     {
-        "left": pa.bool_(),  # whether a token of a completion is left
-        "reason": pa.string(),  # why nothing can be learnt from it; "" where something can
-        "refused": pa.string(),  # what the chat template says against it; "" where nothing
-        "cut": pa.bool_(),
-        "merged": pa.bool_(),
-        "tools_unread": pa.bool_(),
-        "weight": pa.float64(),
         "highest": pa.int32(),  # token id
         "chosen_key": pa.binary(),  # of `row_key`; empty where there is no such side
         "rejected_key": pa.binary(),
@@ -60,7 +53,20 @@ ABOUT = pa.schema(
         "rejected_scored": pa.int32(),
     }
 )
-"""What is known of a row without its ids."""
+"""What is known of a row by its ids alone."""
+ABOUT = pa.schema(
+    [
+        pa.field("left", pa.bool_()),  # whether a token of a completion is left
+        pa.field("reason", pa.string()),  # why nothing can be learnt from it; "" where something can
+        pa.field("refused", pa.string()),  # what the chat template says against it; "" where nothing
+        pa.field("cut", pa.bool_()),
+        pa.field("merged", pa.bool_()),
+        pa.field("tools_unread", pa.bool_()),
+        pa.field("weight", pa.float64()),
+        *OF_IDS,
+    ]
+)
+"""What is known of a row, without its ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +180,12 @@ def _known(encoded: EncodedRow, making: Making) -> tuple[TokenizedPair, dict[str
         "merged": encoded.merged,
         "tools_unread": encoded.tools_unread,
         "weight": row.weight,
-        **known_of_sides(pair),
+        **known_of_ids(pair),
     }
 
 
-def known_of_sides(pair: TokenizedPair) -> dict[str, Any]:
-    """The columns of `ABOUT` that are known by a pair's token ids alone."""
+def known_of_ids(pair: TokenizedPair) -> dict[str, Any]:
+    """The columns of `OF_IDS`."""
     known: dict[str, Any] = {"highest": max(pair.chosen_ids + pair.rejected_ids, default=0)}
     for side in ("chosen", "rejected"):
         known |= {f"{side}_key": b"", f"{side}_tokens": 0, f"{side}_scored": 0}

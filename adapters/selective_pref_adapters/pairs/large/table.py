@@ -34,7 +34,7 @@ class PairTable(Sequence[TokenizedPair]):
 
     Attributes:
         data: a `datasets.Dataset` with the fields of `TokenizedPair`.
-        about: what is known of every row of `data`; see `making.ABOUT`.
+        about: what is known of every row of `data`: see `making.OF_IDS`.
         rows: which rows of them, in which order: int64 [N].
     """
 
