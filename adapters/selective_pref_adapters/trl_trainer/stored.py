@@ -6,7 +6,10 @@ In: a data set as TRL has prepared it, and the collator that cuts its rows. Out:
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.pairs.large.making import OF_IDS, PAIRS, known_of_ids
 from selective_pref_adapters.pairs.large.naming import code_digest
 from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.trl_trainer.data import PairCollator
 
 _ROWS_AT_ONCE = 128
 _COLUMNS = pa.schema([*PAIRS, *OF_IDS])
@@ -59,8 +63,8 @@ def check_stored_dataset(dataset: Any) -> None:
 def pairs_of(dataset: Any, collator: Any, name: str, *, workers: int | None = None) -> PairTable:
     """The token ids of every row as the collator will cut them, on the disk where the data set is.
 
-    They are made once, by the first process, and found again in the cache of `datasets` as long as data set, collator
-    and this library's code are the same.
+    The first process makes them. Where the collator is this library's own they are found again in the cache of
+    `datasets`, as long as data set, settings and code are the same.
 
     Args:
         dataset: as TRL has prepared it.
@@ -81,14 +85,21 @@ def pairs_of(dataset: Any, collator: Any, name: str, *, workers: int | None = No
             remove_columns=dataset.column_names,
             features=Features.from_arrow_schema(_COLUMNS),
             num_proc=workers,
+            load_from_cache_file=None if type(collator) is PairCollator else False,  # the code of others may change
             desc=f"Cutting {name} dataset",
-            fn_kwargs={"collator": collator, "name": name, "code": code_digest()},
+            fn_kwargs={"collator": collator, "name": name, "code": _code()},
         )
     return PairTable(made.select_columns(PAIRS.names), made.data.table, np.arange(len(made)))
 
 
+def _code() -> list[str]:
+    """What decides how rows are cut, beside a collator's settings."""
+    here = hashlib.blake2b(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return [code_digest(), here.hexdigest(), importlib.metadata.version("trl")]
+
+
 def _cut(
-    batch: dict[str, list[Any]], indices: list[int], *, collator: Any, name: str, code: str
+    batch: dict[str, list[Any]], indices: list[int], *, collator: Any, name: str, code: Any
 ) -> dict[str, list[Any]]:
     """A batch of rows as `Dataset.map` hands it over, as pairs. `code` only makes the cache's key."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
