@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_pref_adapters.pairs.large import Making, tokenized_rows
-from selective_pref_adapters.reference_store import ReferenceStore, StoreError, fill, fill_store, local, reference_space
+from selective_pref_adapters.pairs.large import Making, PairTable, tokenized_rows
+from selective_pref_adapters.reference_store import (
+    ReferenceStore,
+    StoreError,
+    fill,
+    fill_store,
+    local,
+    reference_space,
+    rows_of_pairs,
+)
 
 CUT = Making(max_length=24)
 
 
-def table(folder: Path, model: str, name: str = "pairs.jsonl") -> Any:
+def table(folder: Path, model: str, name: str = "pairs.jsonl") -> PairTable:
     """The pairs of a file as a table."""
     return tokenized_rows(folder / name, AutoTokenizer.from_pretrained(model), CUT, cache=folder / "ids").pairs()[0]
 
@@ -48,14 +56,19 @@ def fill_together(folder: Path, model_folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     space = reference_space(model, AutoTokenizer.from_pretrained(model_folder), label="teacher")
     store = ReferenceStore.create(folder / "store", space)
-    for name in ("few.jsonl", "pairs.jsonl"):  # the second time some are there, more of one process than of the other
-        report = fill_store(store, table(folder, model_folder, name), model, pad_token_id=0, progress=False)
-        seen[name] = [report.hits, report.computed]
-    store.check(table(folder, model_folder), together=True)
+    pairs = table(folder, model_folder)
+    wanted = rows_of_pairs(pairs).different()
+    if rank == 0:
+        with store.writer() as writer:
+            for row in wanted.some(fill._longest_first(wanted)[2::2]):  # of its own share it lacks the first row alone
+                writer.add(row, np.zeros(row.values, dtype=np.float32))
+    dist.barrier()
+    report = fill_store(store, pairs, model, pad_token_id=0, progress=False)
+    seen["report"] = [report.rows, report.hits, report.computed]
+    store.check(pairs, together=True)
     try:
         store.check(table(folder, model_folder, "others.jsonl"), together=True)
     except StoreError as error:
         seen["error"] = str(error)
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
-    assert os.environ["RANK"] == str(rank)

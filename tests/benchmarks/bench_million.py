@@ -4,8 +4,9 @@
 
 `selective-pref train`, four steps of four pairs, with the policy of `../shared/models/stories260k` (or `--model`), on
 made-up pairs: SimPO without a reference, the first time and the second, and Selective-DPO that reads a store. The store
-is filled through its writer with made-up log-probs, since what they are does not matter for the start. Printed are the
-seconds by the clock, processor seconds of all its processes, and the largest resident memory of any of them.
+is filled as by `score`, but with made-up log-probs, since what they are does not matter. With `--dpo` the same for
+`selective-pref dpo`. Printed are the seconds by the clock, processor seconds of all its processes, and the largest
+resident memory of any of them.
 With `--keep` a second call finds pairs, ids and store where the first left them.
 """
 
@@ -32,7 +33,7 @@ import sys
 import numpy as np
 from selective_pref_adapters.models import load_tokenizer, own_vocabulary
 from selective_pref_adapters.pairs.large import Making, tokenized_rows
-from selective_pref_adapters.reference_store import ReferenceStore, Space, rows_of_pairs
+from selective_pref_adapters.reference_store import ReferenceStore, Space, fill_rows, rows_of_pairs
 from selective_pref_adapters.reference_store.spaces import vocabulary_digest
 
 model, source, cache, store, length = sys.argv[1:]
@@ -41,13 +42,14 @@ pairs, _ = tokenized_rows(source, tokenizer, Making(max_length=int(length)), cac
 vocabulary = own_vocabulary(tokenizer)
 space = Space(identity={"vocabulary": vocabulary_digest(vocabulary)}, vocabulary=vocabulary, label="made up")
 values = -np.random.default_rng(0).random(int(length), dtype=np.float32)
-tokens = 0
-with ReferenceStore.create(store, space).writer() as writer:
-    for pair in pairs:
-        for row in rows_of_pairs([pair]):
-            writer.add(row, values[: row.values])
-            tokens += len(row.ids)
-print(f"{tokens / 2 / len(pairs):.0f} tokens a side")
+
+
+def made_up(rows):
+    for start in range(0, len(rows), 1000):
+        yield [(row, values[: row.values]) for row in rows[start : start + 1000]]
+
+
+print(fill_rows(ReferenceStore.create(store, space), rows_of_pairs(pairs), made_up))
 """
 
 
@@ -68,7 +70,8 @@ def measured(name: str, command: list[str], folder: Path) -> None:
     """Prints a line of the table for a command that is run to its end."""
     start = time.perf_counter()
     with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     taken = time.perf_counter() - start
     if status:
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(SHARED / "models" / "stories260k"))
     parser.add_argument("--keep", type=Path, help="a folder for pairs, ids and store, which stay there")
     parser.add_argument("--workers", default="2")
+    parser.add_argument("--dpo", action="store_true", help="measure `selective-pref dpo`, too")
     parser.add_argument("--only", nargs="+", help="rows of the table, by the beginning of their names")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,21 +105,26 @@ def main() -> None:
         alone = [sys.executable, "-c", main, *run]
         two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         two += ["--no-python", *alone]
+        dpo = [sys.executable, "-c", main, "dpo", "--model_name_or_path", options.model, "--dataset_name", str(source)]
+        dpo += ["--reference_store", str(store), "--max_length", str(MAX_LENGTH), "--output_dir", str(folder / "run")]
+        dpo += ["--max_steps", "4", "--per_device_train_batch_size", "4", "--dataset_num_proc", options.workers]
+        dpo += ["--use_cpu", "--bf16", "false", "--report_to", "none"]
         made = [sys.executable, "-c", STORE, options.model, str(source), str(cache), str(store), str(MAX_LENGTH)]
         commands = {
             "first run, which tokenises": [*alone, *simpo],
             "second run, ids from the cache": [*alone, *simpo],
-            "writing the store": made,
+            "filling the store": made,
+            "filling it again, nothing is lacking": made,
             "run that reads the store": [*alone, *stored],
             "run that reads the store, two processes": [*two, *stored],
         }
+        if options.dpo:
+            commands |= {"`dpo` from the store": dpo, "`dpo` from the store, again": dpo}
         print("| | clock, s | processor, s | largest resident memory, GB |\n|---|---|---|---|")
         for name, command in commands.items():
             if options.only and not any(name.startswith(some) for some in options.only):
                 continue
             shutil.rmtree(folder / "run", ignore_errors=True)
-            if command is made and store.exists():
-                continue
             measured(name, command, folder)
 
 
