@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def fill_together(folder: Path, model_folder: str) -> None:
 
     Each process writes how often it called the model, whether it looked into the store, and the error it got.
     """
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
     rank = dist.get_rank()
     seen: dict[str, Any] = {"calls": 0, "looked": []}
 
