@@ -98,7 +98,7 @@ def fill_store(
 
     Args:
         store: of this model: `ReferenceStore.create(path, reference_space(model, tokenizer))`.
-        pairs: token ids.
+        pairs: token ids; of a `PairTable` some thousand rows are in memory at a time.
         model: the reference.
         pad_token_id: what fills the ends of shorter rows.
         batch_tokens: token positions of one batch on a GPU, padding included.

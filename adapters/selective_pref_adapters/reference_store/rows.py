@@ -1,6 +1,7 @@
 """Rows: the two sides of a pair as token ids, each with the key under which a store keeps its log-probs.
 
-In: pairs as token ids. Out: rows, two for each pair, as in the [2B T] arrays of a batch.
+In: pairs as token ids. Out: rows, two for each pair, as in the [2B T] arrays of a batch. Those of a `PairTable` are
+made when they are asked for: what is known of them beforehand stands in arrays.
 """
 
 from __future__ import annotations
