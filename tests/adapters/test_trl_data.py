@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.pairs import collate, read_rows, tokenize_pairs
-from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of
+from selective_pref_adapters.reference_store import rows_of_pairs
+from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer, pairs_of, stored
 from selective_pref_adapters.trl_trainer.command import LocalSplits, split_of
 from selective_pref_adapters.trl_trainer.data import PairCollator
 from tiny import text_rows, write_jsonl
@@ -194,6 +196,34 @@ def test_a_collator_of_ones_own_must_know_of_other_turns(tmp_path: Path, policy_
     told = [word for word, counts in zip(words, pair.chosen_mask, strict=True) if counts]
     assert told == ["w1", "w2", "</s>", "w4", "</s>"]
     trainer(tmp_path, policy_folder, Dataset.from_list(TEXT), data_collator=Own(pad_token_id=0)).train()
+
+
+def test_rows_are_cut_once_for_a_store(tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each row by itself is cut; found again on the disk, but not with other settings or a collator of one's own."""
+    Dataset.from_list(SETS["alpaca"]).save_to_disk(str(tmp_path / "rows"))
+    made = trainer(tmp_path, policy_folder, load_from_disk(str(tmp_path / "rows")))
+    calls: list[int] = []
+    whole = stored.uncounted_spans
+    monkeypatch.setattr(stored, "uncounted_spans", lambda *sides: calls.append(1) or whole(*sides))
+
+    class Own(PairCollator):
+        pass
+
+    cut = partial(PairCollator, pad_token_id=made.processing_class.pad_token_id)
+    short = partial(cut, max_length=9)
+    own = Own(pad_token_id=0)
+    for collator, sides in ((cut(), 24), (cut(), 0), (short(), 24), (cut(), 0), (short(), 0), (own, 24), (own, 24)):
+        calls.clear()
+        pairs = pairs_of(made.train_dataset, collator, "train")
+        assert len(calls) == sides
+        for pair, row in zip(pairs, made.train_dataset, strict=True):
+            batch = collator([row])
+            for number, (_, ids, mask) in enumerate(pair.sides()):
+                attended = batch["attention_mask"][number] == 1
+                assert ids == batch["input_ids"][number][attended].tolist()
+                assert mask.tolist() == batch["completion_mask"][number][attended].bool().tolist()
+        known, held = rows_of_pairs(pairs), rows_of_pairs(list(pairs))
+        assert known.keys.tobytes() == held.keys.tobytes()
 
 
 def test_a_file_is_read_once_and_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

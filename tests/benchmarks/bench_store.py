@@ -45,7 +45,7 @@ import sys, time
 import selective_pref_adapters.reference_store.store as cache
 start = time.perf_counter()
 store = cache.ReferenceStore.open(sys.argv[1])
-print(time.perf_counter() - start, len(store.index.stored_keys()))
+print(time.perf_counter() - start, len(store.index.stored()[0]))
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +19,7 @@ from selective_pref_adapters.pairs.large import (
     PairStream,
     PairTable,
     TokenizedRows,
+    joined,
     malformed_note,
     no_pairs,
     stream_of,
@@ -132,4 +132,4 @@ def check_pairs(
     highest = [max(own_vocabulary(tokenizer).values())] if streams else []
     check_token_ids(max(highest + [table.highest_id for table in known]), models)
     for store in stores:
-        store.check(chain.from_iterable(known))
+        store.check(joined(known), together=True)

@@ -10,7 +10,6 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from selective_pref_adapters.monitoring import SELF_REFERENCE
 from selective_pref_adapters.objectives import selects
 from selective_pref_adapters.options import TrainConfig
 from selective_pref_adapters.pairs import check_same_tokenizer
-from selective_pref_adapters.pairs.large import PairTable
+from selective_pref_adapters.pairs.large import PairTable, joined
 from selective_pref_adapters.reference_store import ReferenceStore, fill_store, reference_space
 from selective_pref_adapters.references import Reference, RunningReference, StoredReference, is_initial_policy
 
@@ -101,12 +100,11 @@ def fill_stores(
             continue
         fill_store(
             one.store,
-            chain.from_iterable(tables),
+            joined(tables),
             one.model,
             pad_token_id=pad_token_id(tokenizer),
             progress=progress,
             engine=partial(start_frozen_engine, config, one.model, torch.device("cpu")),
         )
-        one.store.check(chain.from_iterable(tables))
         one.model = None
         gc.collect()

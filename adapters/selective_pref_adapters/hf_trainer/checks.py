@@ -155,7 +155,7 @@ def check_rows(
             )
     check_token_ids(highest, models, where=f"{name}: ")
     for store in collator.stores.values():
-        store.check(pairs)
+        store.check(pairs, together=True)
     check_inputs(collator, [dataset[n] for n in range(min(len(dataset), 4))], models)
 
 

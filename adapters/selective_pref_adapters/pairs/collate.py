@@ -84,6 +84,11 @@ def row_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
     return digest.digest()
 
 
+def scored_tokens(mask: np.ndarray) -> int:
+    """How many log-probs a row with the completion mask [L] has: none for its first token, which nothing precedes."""
+    return int(mask[1:].sum())
+
+
 def pair_weights(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:
     """The pairs' weights, float32 [B]; None where no pair has one."""
     if all(pair.weight is None for pair in pairs):

@@ -32,7 +32,7 @@ from selective_pref_adapters.reference_store.fill import Comparison, FillReport,
 from selective_pref_adapters.reference_store.identity import reference_space
 from selective_pref_adapters.reference_store.local import local_logps
 from selective_pref_adapters.reference_store.prune import prune
-from selective_pref_adapters.reference_store.rows import LogpSource, different_rows, rows_of_pairs
+from selective_pref_adapters.reference_store.rows import LogpSource, rows_of_pairs
 from selective_pref_adapters.reference_store.shards import StoreError, writing
 from selective_pref_adapters.reference_store.spaces import empty_spaces, note_filling, read_spaces, remove_empty_spaces
 from selective_pref_adapters.reference_store.store import ReferenceStore
@@ -279,11 +279,11 @@ def show_stat(config: ScoreConfig, console: Console) -> None:
             cells = [name[:8], store.space.label, f"{stat.rows}", f"{stat.values}", f"{stat.bytes / 1e6:.1f}"]
             cells += [f"{stat.shards}", f"{len(stat.damaged)}"]
             if pairs is not None:
-                rows = different_rows(rows_of_pairs(pairs))
-                lacking = store.missing_rows(rows.values())
-                cells.append(f"{len(lacking)} of {len(rows)}")
+                rows = rows_of_pairs(pairs).different()
+                lacking = len(rows) - int(store.held(rows).sum())
+                cells.append(f"{lacking} of {len(rows)}")
                 if lacking:
-                    notes.append(f"{store.space.label}: {store.lengths([len(row.ids) for row in rows.values()])}")
+                    notes.append(f"{store.space.label}: {store.lengths(rows.tokens)}")
             table.add_row(*cells)
     console.print(table)
     if notes:

@@ -28,7 +28,7 @@ from selective_pref import NonFiniteError
 from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.local import BATCH_TOKENS, check_readable, local_logps, most_of_all
-from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, different_rows, rows_of_pairs
+from selective_pref_adapters.reference_store.rows import WINDOW, LogpSource, Row, RowLogps, Rows, as_rows, rows_of_pairs
 from selective_pref_adapters.reference_store.shards import StoreError, StoreWriteError
 from selective_pref_adapters.reference_store.store import ReferenceStore
 from selective_pref_adapters.reference_store.writer import FLUSH_SECONDS
@@ -98,7 +98,7 @@ def fill_store(
 
     Args:
         store: of this model: `ReferenceStore.create(path, reference_space(model, tokenizer))`.
-        pairs: token ids.
+        pairs: token ids; of a `PairTable` some thousand rows are in memory at a time.
         model: the reference.
         pad_token_id: what fills the ends of shorter rows.
         batch_tokens: token positions of one batch on a GPU, padding included.
@@ -150,23 +150,22 @@ def fill_rows(
     started = time.monotonic()
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    # The longest first: what does not fit fails at once. Dealt in this order, shares are alike.
-    ordered = sorted(different_rows(rows).values(), key=lambda row: (-len(row.ids), row.key))
-    share = ordered[rank::world]
-    lacking = store.missing_rows(share)
+    wanted = as_rows(rows).different()
+    share = wanted.some(_longest_first(wanted)[rank::world])  # dealt in this order, shares are alike
+    lacking = share.some(~store.held(share))
+    tokens = int(lacking.tokens.sum())
     bar = tqdm(
-        total=sum(len(row.ids) for row in lacking),
+        total=tokens,
         desc="log-probs" if world == 1 else f"log-probs, process 1 of {world}",
         unit="tok",
         unit_scale=True,
-        disable=not progress or rank > 0 or not lacking,
+        disable=not progress or rank > 0 or not len(lacking),
     )
     calls, failure = 0, None
-    if lacking or (together and most_of_all(len(lacking))):
+    if len(lacking) or (together and most_of_all(len(lacking))):
         calls, failure = _store_what_it_gives(store, lacking, source, flush_seconds, bar, together)
     if failure is not None and world == 1:
         raise failure
-    tokens = sum(len(row.ids) for row in lacking)
     totals = _sums([len(share) - len(lacking), len(lacking), calls, tokens, failure is not None])
     if failure is not None:
         raise failure
@@ -175,14 +174,14 @@ def fill_rows(
             f"computing log-probs failed on {totals[-1]} other processes: see their messages. What was computed before "
             "is stored"
         )
-    still = store.missing_rows(ordered)
-    if still:
+    still = np.flatnonzero(~store.known(wanted))
+    if len(still):
         raise StoreError(
-            f"{len(still)} of {len(ordered)} rows are not in {store.folder} after all were computed (the first: "
-            f"{still[0].place}). Do all processes have the same pairs, and the same folder?"
+            f"{len(still)} of {len(wanted)} rows are not in {store.folder} after all were computed (the first: "
+            f"{wanted[int(still[0])].place}). Do all processes have the same pairs, and the same folder?"
         )
     return FillReport(
-        rows=len(ordered),
+        rows=len(wanted),
         hits=totals[0],
         computed=totals[1],
         forward_passes=totals[2],
@@ -191,8 +190,20 @@ def fill_rows(
     )
 
 
+def _longest_first(rows: Rows) -> np.ndarray:
+    """The order in which rows are asked for, int64 [N]: `WINDOW` neighbours after the other, the longest row first.
+
+    Neighbours often share a prompt. The window with the longest row comes first: what does not fit fails at once.
+    """
+    if not len(rows):
+        return np.zeros(0, dtype=np.int64)
+    longest = np.maximum.reduceat(rows.tokens, np.arange(0, len(rows), WINDOW))
+    place = np.argsort(np.argsort(-longest, kind="stable"))  # of each window
+    return np.lexsort((rows.keys, -rows.tokens, np.repeat(place, WINDOW)[: len(rows)]))
+
+
 def _store_what_it_gives(
-    store: ReferenceStore, lacking: Sequence[Row], source: LogpSource, flush_seconds: float, bar: Any, together: bool
+    store: ReferenceStore, lacking: Rows, source: LogpSource, flush_seconds: float, bar: Any, together: bool
 ) -> tuple[int, Exception | None]:
     """(calls of the source that gave rows, what went wrong); what was computed before an error is stored."""
     calls, failure = 0, None
@@ -232,12 +243,12 @@ def compare_rows(
     Raises:
         StoreError: none of the rows is stored.
     """
-    unique = different_rows(rows)
-    lacking = {row.key for row in store.missing_rows(unique.values())}
-    stored = sorted((row for key, row in unique.items() if key not in lacking), key=lambda row: row.key)
-    if not stored:
-        raise StoreError(f"none of {len(unique)} rows is stored in {store.folder}: there is nothing to compare")
-    drawn = random.Random(seed).sample(stored, min(sample, len(stored)))
+    different = as_rows(rows).different()
+    stored = different.some(store.held(different))
+    if not len(stored):
+        raise StoreError(f"none of {len(different)} rows is stored in {store.folder}: there is nothing to compare")
+    drawn = random.Random(seed).sample(range(len(stored)), min(sample, len(stored)))
+    drawn = list(stored.some(np.argsort(stored.keys)[drawn]))
     drawn.sort(key=lambda row: len(row.ids), reverse=True)
     differences: list[np.ndarray] = []
     worst, worst_place, identical = -1.0, "", 0

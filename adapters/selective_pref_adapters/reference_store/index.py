@@ -11,13 +11,21 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from selective_pref_adapters.reference_store.shards import SUFFIX, DamageError, OtherFormatError, Shard, StoreError
+from selective_pref_adapters.reference_store.shards import (
+    KEYS,
+    SUFFIX,
+    DamageError,
+    OtherFormatError,
+    Shard,
+    StoreError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +48,11 @@ class ShardIndex:
         self._space_name = space_name
         self._shards: list[Shard] = []
         self._seen: dict[str, tuple[int, int, int]] = {}  # file name → inode, time and size when it was read
-        self._where: dict[bytes, tuple[int, int]] = {}  # key → (index of its shard, index of the row in it)
-        self._copies: dict[bytes, list[tuple[int, int]]] = {}  # further copies, for when the first is damaged
+        # Rows are numbered shard after shard. Copies of one stand beside each other, in this order.
+        self._starts = np.zeros(1, dtype=np.int64)  # the number of each shard's first row, and how many there are
+        self._keys = np.zeros(0, dtype=KEYS)  # sorted
+        self._rows = np.zeros(0, dtype=np.int64)  # the number of the row at each place of `_keys`
+        self._lost: set[int] = set()  # numbers of rows that are damaged, or whose file is gone
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -87,11 +98,17 @@ class ShardIndex:
         self.unreadable.discard(name)
         self.damaged.pop(name, None)
         self._shards.append(shard)
-        number = len(self._shards) - 1
-        for row, key in enumerate(shard.keys()):
-            if self._where.setdefault(key, (number, row)) != (number, row):
-                self._copies.setdefault(key, []).append((number, row))
         return True
+
+    def _sort(self) -> None:
+        """Takes the keys of new shards in."""
+        if len(self._starts) == len(self._shards) + 1:
+            return
+        keys = [shard.keys for shard in self._shards]
+        self._starts = np.cumsum([0, *map(len, keys)])
+        together = np.concatenate(keys)
+        self._rows = np.argsort(together, kind="stable")
+        self._keys = together[self._rows]
 
     def find(self, wanted: Sequence[tuple[bytes, int]]) -> list[np.ndarray | None]:
         """The values under each key, None where there are none. Looks for new shards before it says so.
@@ -110,11 +127,10 @@ class ShardIndex:
         if count == 0:
             return np.zeros(0, dtype=np.float32)  # a row without log-probs is never stored, and never missing
         with self._lock:
-            while (where := self._where.get(key)) is not None:
-                number, row = where
-                shard = self._shards[number]
+            for number in self._copies(key):
+                shard, file, row = self._found(number)
                 try:
-                    values = shard.values(self._file(number), row)
+                    values = shard.values(self._file(file), row)
                     if values is not None and count in (None, len(values)):
                         return values
                     self._report(shard.path.name, f"the values of row {row} do not have their checksum")
@@ -122,15 +138,72 @@ class ShardIndex:
                     pass
                 except OSError as error:
                     self._report(shard.path.name, f"cannot be read: {error.strerror}")
-                if copies := self._copies.get(key):
-                    self._where[key] = copies.pop(0)
-                else:
-                    del self._where[key]
+                self._lost.add(number)
         return None
 
-    def stored_keys(self) -> list[bytes]:
-        """The keys of all rows, shard after shard."""
-        return list(self._where)
+    def _copies(self, key: bytes) -> Iterator[int]:
+        """The numbers of the rows with that key, but for those that are lost."""
+        self._sort()
+        wanted = np.frombuffer(key, dtype=KEYS)
+        for number in self._rows[slice(*(int(self._keys.searchsorted(wanted, side)[0]) for side in ("left", "right")))]:
+            if int(number) not in self._lost:
+                yield int(number)
+
+    def _found(self, number: int) -> tuple[Shard, int, int]:
+        """(the shard of a row, its number, the row's number in it)."""
+        file = int(self._starts.searchsorted(number, "right")) - 1
+        return self._shards[file], file, number - int(self._starts[file])
+
+    def holds(self, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Which rows are stored, intact, with so many values each: `values` of many, without their values.
+
+        Each file is read once, from its beginning to its end.
+
+        Args:
+            keys: `KEYS` [N].
+            counts: how many values each must have, int [N].
+
+        Returns:
+            bool [N]; True where the count is 0.
+        """
+        with self._lock:
+            held = counts == 0
+            places = self._places(keys)
+            there = np.flatnonzero(~held & (places >= 0))
+            numbers = self._rows[places[there]]
+            order = np.argsort(numbers)
+            there, numbers = there[order], numbers[order]
+            for file, start in enumerate(self._starts[:-1]):
+                some = slice(*numbers.searchsorted((start, self._starts[file + 1])))
+                shard, rows, asked = self._shards[file], numbers[some] - start, there[some]
+                with suppress(OSError):
+                    held[asked] = shard.intact(self._file(file), rows) & (shard.lengths[rows] == counts[asked])
+            for row in there[~held[there]]:  # damaged, gone, or lost before: perhaps there is a copy
+                held[row] = self.values(keys[row : row + 1].tobytes(), int(counts[row])) is not None
+        return held
+
+    def knows(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys, `KEYS` [N], stand in the index of a shard, whatever its values are: bool [N]."""
+        with self._lock:
+            return self._places(keys) >= 0
+
+    def _places(self, keys: np.ndarray) -> np.ndarray:
+        """The first place of each key in `_keys`; -1 where it is not there: int64 [N]."""
+        self._sort()
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        places = np.minimum(self._keys.searchsorted(keys), len(self._keys) - 1)
+        return np.where(self._keys[places] == keys, places, -1)
+
+    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+        """The keys of all rows, shard after shard, `KEYS` [N], and how many values each has, int64 [N]."""
+        with self._lock:
+            self._sort()
+            _, first = np.unique(self._keys, return_index=True)
+            numbers = np.sort(self._rows[first])
+            keys = np.concatenate([np.zeros(0, dtype=KEYS), *(shard.keys for shard in self._shards)])
+            lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(shard.lengths for shard in self._shards)])
+        return keys[numbers], lengths[numbers]
 
     def sizes(self) -> dict[Path, int]:
         """The shards whose index could be read → their size in bytes."""

@@ -21,7 +21,7 @@ from selective_pref_adapters.heads import (
     row_per_token_logps,
 )
 from selective_pref_adapters.models import context_length, evaluating
-from selective_pref_adapters.reference_store.rows import Row, RowLogps
+from selective_pref_adapters.reference_store.rows import WINDOW, Row, RowLogps
 from selective_pref_adapters.reference_store.shards import StoreError
 from selective_pref_adapters.sharded import is_sharded, whole_shape
 
@@ -59,18 +59,24 @@ def local_logps(
     with _undisturbed(model):
         install_fused_head(model, at_first_call=together)
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        source, groups = frozen_per_token_logps, _groups(chain.from_iterable(_by_prompt(rows)), batch_tokens)
-    elif not together and computes_rows_by_themselves(model):
-        source = row_per_token_logps
-        groups = chain.from_iterable(_groups(some, batch_tokens) for some in _by_prompt(rows))
-    else:
-        source, groups = frozen_per_token_logps, ([row] for some in _by_prompt(rows) for row in some)
-    for group in _as_often_everywhere(groups) if together else groups:
-        asked = group or [_MADE_UP]
-        with _undisturbed(model), torch.autocast(device.type, enabled=False):
-            logps = source(running, _collate(asked, pad_token_id, device)).float().cpu().numpy()
-        yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=bool(group))]
+    by_themselves = device.type != "cuda" and not together and computes_rows_by_themselves(model)
+    source = row_per_token_logps if by_themselves else frozen_per_token_logps
+
+    def groups_of(some: Sequence[Row]) -> Iterator[list[Row]]:
+        if device.type == "cuda":
+            return _groups(chain.from_iterable(_by_prompt(some)), batch_tokens)
+        if by_themselves:
+            return chain.from_iterable(_groups(alike, batch_tokens) for alike in _by_prompt(some))
+        return ([row] for alike in _by_prompt(some) for row in alike)
+
+    windows = -(-len(rows) // WINDOW)
+    for start in range(0, WINDOW * (most_of_all(windows) if together else windows), WINDOW):
+        groups = groups_of(rows[start : start + WINDOW])
+        for group in _as_often_everywhere(groups) if together else groups:
+            asked = group or [_MADE_UP]
+            with _undisturbed(model), torch.autocast(device.type, enabled=False):
+                logps = source(running, _collate(asked, pad_token_id, device)).float().cpu().numpy()
+            yield [(row, line[: len(row.ids) - 1][row.mask[1:]]) for row, line in zip(group, logps, strict=bool(group))]
 
 
 _MADE_UP = Row(ids=np.zeros(2, dtype=np.int32), mask=np.array([False, True]))

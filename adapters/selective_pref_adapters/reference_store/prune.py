@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from selective_pref_adapters.files import sync
-from selective_pref_adapters.reference_store.rows import Row
+from selective_pref_adapters.reference_store.rows import Row, as_rows
 from selective_pref_adapters.reference_store.shards import is_abandoned, writing
 from selective_pref_adapters.reference_store.store import ReferenceStore, StoreStat
 from selective_pref_adapters.reference_store.writer import SHARD_BYTES
@@ -37,11 +39,12 @@ def prune(store: ReferenceStore, keep: Iterable[Row] | None = None, *, shard_byt
     """
     before = store.stat()  # reads everything, so that all damage is known
     index = store.index
-    wanted = set(index.stored_keys()) if keep is None else {row.key for row in keep}
     old = {*index.sizes(), *(store.folder / name for name in index.unreadable)}
     writer = store.writer(shard_bytes=shard_bytes, flush_seconds=math.inf)
-    for key in index.stored_keys():
-        if key in wanted and (values := index.values(key)) is not None:
+    keys, _ = index.stored()
+    kept = keys if keep is None else keys[np.isin(keys, as_rows(keep).keys)]
+    for key in map(bytes, kept[:, None].view(np.uint8)):
+        if (values := index.values(key)) is not None:
             writer.add_values(key, values)
     writer.flush()
     with writing(store.folder):

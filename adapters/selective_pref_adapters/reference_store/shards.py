@@ -28,8 +28,12 @@ from selective_pref_adapters.pairs.collate import KEY_BYTES
 FORMAT = 1
 """Version of the files; another one is not read."""
 
+KEYS = np.dtype((np.bytes_, KEY_BYTES))
+"""Of an array of keys. One element taken out of it loses zeros at its end, so bytes are taken of a slice of one."""
+
 SUFFIX = ".safetensors"
 _CHECK_BYTES = 8
+_READ_BYTES = 1 << 22  # of the values that are checked one after the other
 _ABANDONED_AFTER_SECONDS = 3600  # a file that is being written is younger
 _INDEX = ("keys", "offsets", "checksums")
 _ABOUT = "selective-pref reference log-probs"
@@ -107,21 +111,42 @@ class Shard:
         offsets = np.frombuffer(parts[1], dtype="<i8")
         return cls(path, size, start + spans["values"][0], parts[0], offsets, parts[2])
 
-    def keys(self) -> list[bytes]:
-        """The keys of its rows."""
-        return [self._keys[at : at + KEY_BYTES] for at in range(0, len(self._keys), KEY_BYTES)]
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys of its rows: `KEYS` [rows]."""
+        return np.frombuffer(self._keys, dtype=KEYS)
 
-    def length(self, row: int) -> int:
-        """How many values a row has."""
-        return int(self.offsets[row + 1] - self.offsets[row])
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many values each row has: int64 [rows]."""
+        return np.diff(self.offsets)
 
     def values(self, file: Any, row: int) -> np.ndarray | None:
         """A row's float32 values, read from the open file; None where they do not have their checksum."""
-        raw = _pread(file, 4 * self.length(row), self.start + 4 * int(self.offsets[row]))
+        first, last = 4 * int(self.offsets[row]), 4 * int(self.offsets[row + 1])
+        raw = _pread(file, last - first, self.start + first)
+        return np.frombuffer(raw, dtype="<f4") if self._fits(row, raw) else None
+
+    def intact(self, file: Any, rows: np.ndarray) -> np.ndarray:
+        """Which of some rows, numbered in ascending order, have values that fit their checksums: bool [len(rows)]."""
+        fit = np.zeros(len(rows), dtype=bool)
+        offsets = 4 * self.offsets
+        ends = offsets[rows + 1]
+        at = 0
+        while at < len(rows):  # a part of the file at a time
+            first = int(offsets[rows[at]])
+            until = max(int(ends.searchsorted(first + _READ_BYTES, "right")), at + 1)
+            part = memoryview(_pread(file, int(ends[until - 1]) - first, self.start + first))
+            some = rows[at:until]
+            spans = zip(some.tolist(), (offsets[some] - first).tolist(), (ends[at:until] - first).tolist(), strict=True)
+            fit[at:until] = [self._fits(row, part[begin:end]) for row, begin, end in spans]
+            at = until
+        return fit
+
+    def _fits(self, row: int, raw: bytes | memoryview) -> bool:
+        """Whether bytes have a row's checksum."""
         key = self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]
-        if _checksum(key, raw) != self._checksums[row * _CHECK_BYTES : (row + 1) * _CHECK_BYTES]:
-            return None
-        return np.frombuffer(raw, dtype="<f4")
+        return _checksum(key, raw) == self._checksums[row * _CHECK_BYTES : (row + 1) * _CHECK_BYTES]
 
 
 def _pread(file: Any, size: int, start: int) -> bytes:
@@ -181,7 +206,7 @@ def shard_bytes(rows: Mapping[bytes, bytes], space: str) -> tuple[str, bytes]:
     return _index_digest(data[:start], [data[start + first : start + last] for first, last in spans]) + SUFFIX, data
 
 
-def _checksum(key: bytes, raw: bytes) -> bytes:
+def _checksum(key: bytes, raw: bytes | memoryview) -> bytes:
     return hashlib.blake2b(raw, digest_size=_CHECK_BYTES, key=key).digest()
 
 

@@ -21,7 +21,8 @@ missing, and filling the store again computes and writes them anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import ArrayLike
 
 from selective_pref_adapters.batch import Batch
 from selective_pref_adapters.models import differing_token, own_vocabulary
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_store.index import ShardIndex
-from selective_pref_adapters.reference_store.rows import Row, different_rows, rows_of_pairs
+from selective_pref_adapters.reference_store.rows import Row, Rows, as_rows, rows_of_pairs
 from selective_pref_adapters.reference_store.shards import StoreError, check_writable
 from selective_pref_adapters.reference_store.spaces import (
     FILL,
@@ -171,39 +174,63 @@ class ReferenceStore:
 
     def missing_rows(self, rows: Iterable[Row]) -> list[Row]:
         """The rows that are not stored, or not intact, each once."""
-        self.index.refresh()
-        return [row for row in different_rows(rows).values() if not self.has(row)]
+        different = as_rows(rows).different()
+        return list(different.some(~self.held(different)))
 
     def missing(self, pairs: Iterable[TokenizedPair]) -> list[TokenizedPair]:
         """The pairs of which a side is not stored, or not intact."""
-        return [pair for pair, _, stored in self._looked_up(pairs) if not stored]
+        pairs = pairs if isinstance(pairs, Sequence) else list(pairs)
+        return [pairs[number] for number in self._missing(pairs)[0].tolist()]
 
-    def has(self, row: Row) -> bool:
-        """Whether a row is stored and intact, as far as this process has looked."""
-        return self.index.values(row.key, row.values) is not None
-
-    def check(self, pairs: Iterable[TokenizedPair]) -> None:
-        """Raises MissingRowsError unless both sides of every pair are stored: ask before the first step."""
-        lengths: list[int] = []
-        lacking: list[str] = []
-        count = 0
-        for pair, rows, stored in self._looked_up(pairs):
-            count += 1
-            lengths += [len(row.ids) for row in rows]
-            lacking += [] if stored else [pair.place]
-        if lacking:
-            raise MissingRowsError(self._lacking(len(lacking), count, lengths, lacking, "pairs"))
-
-    def _looked_up(self, pairs: Iterable[TokenizedPair]) -> Iterator[tuple[TokenizedPair, list[Row], bool]]:
-        """Each pair with its rows, and whether all of them are stored; no more than one is held in memory."""
+    def held(self, rows: Rows) -> np.ndarray:
+        """Which of the rows are stored and intact: bool [N]. Reads the values of all of them, file after file."""
         self.index.refresh()
-        seen: dict[bytes, bool] = {}
-        for pair in pairs:
-            rows = rows_of_pairs([pair])
-            for row in rows:
-                if row.key not in seen:
-                    seen[row.key] = self.has(row)
-            yield pair, rows, all(seen[row.key] for row in rows)
+        return self.index.holds(rows.keys, rows.values)
+
+    def known(self, rows: Rows) -> np.ndarray:
+        """Which of the rows are stored, as far as can be known without reading their values: bool [N]."""
+        self.index.refresh()
+        return self.index.knows(rows.keys) | (rows.values == 0)
+
+    def check(self, pairs: Iterable[TokenizedPair], *, together: bool = False) -> None:
+        """Raises unless both sides of every pair are stored and intact: ask before the first step.
+
+        Args:
+            pairs: token ids; of a `PairTable` no pair is made unless it is lacking.
+            together: every process of the group calls this with the same pairs. The first one of each machine looks,
+                and all of them raise the same error.
+
+        Raises:
+            MissingRowsError: rows are lacking; the message counts and names the pairs.
+            StoreError: the folder cannot be read.
+        """
+        if not (together and dist.is_available() and dist.is_initialized()):
+            self._check(pairs)
+            return
+        machines: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(machines, socket.gethostname())
+        found: StoreError | None = None
+        if machines.index(machines[dist.get_rank()]) == dist.get_rank():
+            try:
+                self._check(pairs)
+            except StoreError as error:
+                found = error
+        errors: list[StoreError | None] = [None] * len(machines)
+        dist.all_gather_object(errors, found)
+        for error in filter(None, errors):
+            raise error
+
+    def _check(self, pairs: Iterable[TokenizedPair]) -> None:
+        pairs = pairs if isinstance(pairs, Sequence) else list(pairs)
+        lacking, rows = self._missing(pairs)
+        if len(lacking):
+            names = [pairs[number].place for number in lacking[:3].tolist()]
+            raise MissingRowsError(self._lacking(len(lacking), len(pairs), rows.tokens, names, "pairs"))
+
+    def _missing(self, pairs: Sequence[TokenizedPair]) -> tuple[np.ndarray, Rows]:
+        """(the numbers of the pairs of which a side is lacking, int64; the rows of all)."""
+        rows = rows_of_pairs(pairs)
+        return np.unique(rows.numbers[~self.held(rows)] // 2), rows
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises unless every token of `tokenizer` has the same id in the reference's vocabulary.
@@ -239,11 +266,12 @@ class ReferenceStore:
     def stat(self) -> StoreStat:
         """Counts of what the space holds and of what was asked of it; reads and checks every row."""
         self.index.refresh()
-        lengths = [len(values) for key in self.index.stored_keys() if (values := self.index.values(key)) is not None]
+        keys, lengths = self.index.stored()
+        intact = self.index.holds(keys, lengths)
         sizes = self.index.sizes()
         return StoreStat(
-            rows=len(lengths),
-            values=sum(lengths),
+            rows=int(intact.sum()),
+            values=int(lengths[intact].sum()),
             bytes=sum(sizes.values()),
             shards=len(sizes),
             damaged=dict(self.damaged),
@@ -261,7 +289,7 @@ class ReferenceStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lacking(self, count: int, total: int, lengths: list[int], names: list[str], kind: str = "rows") -> str:
+    def _lacking(self, count: int, total: int, lengths: ArrayLike, names: list[str], kind: str = "rows") -> str:
         shown = "; ".join(names[:3]) + (f"; and {count - 3} more" if count > 3 else "")
         damage = f" Damaged shards: {', '.join(self.damaged)}." if self.damaged else ""
         return (
@@ -271,10 +299,11 @@ class ReferenceStore:
             "--truncation-mode MODE, as in training"
         )
 
-    def lengths(self, lengths: Sequence[int]) -> str:
+    def lengths(self, lengths: ArrayLike) -> str:
         """Two sentences that let a reader see whether rows are lacking because they were cut at other lengths."""
-        longest = max(lengths, default=0)
-        alike = lengths.count(longest)
+        lengths = np.asarray(lengths)
+        longest = lengths.max(initial=0)
+        alike = int((lengths == longest).sum())
         said = f"The longest row that was asked for has {longest} tokens."
         if alike > 1:
             said = f"{alike} rows that were asked for have {longest} tokens and none has more: is max_length {longest}?"

@@ -27,7 +27,7 @@ from trl.trainer.utils import create_model_from_path
 
 from selective_pref_adapters.batch import REF_LOGPS, Batch
 from selective_pref_adapters.fsdp import asks_for_fsdp, enable_fsdp, shard_reference
-from selective_pref_adapters.pairs import TokenizedPair
+from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.reference_store.fill import fill_store
 from selective_pref_adapters.reference_store.identity import reference_space
 from selective_pref_adapters.reference_store.store import MissingRowsError, ReferenceStore
@@ -186,7 +186,7 @@ class TrainerReference:
         reference = self.source()
         return isinstance(reference, AdapterOffReference) or is_initial_policy(reference, self._trainer.model)
 
-    def store_rows(self, pairs: list[TokenizedPair], batch_size: int) -> ReferenceStore:
+    def store_rows(self, pairs: PairTable, batch_size: int) -> ReferenceStore:
         """The store, holding every row of `pairs`: what it lacked has been computed, if there is a model at hand.
 
         Raises:
@@ -202,8 +202,10 @@ class TrainerReference:
                 store = self._filled(store, model, pairs, batch_size)
         assert store is not None
         self._reference = StoredReference(store)
+        if self._fills:
+            return store  # which has every row
         try:
-            store.check(pairs)
+            store.check(pairs, together=True)
         except MissingRowsError as error:
             raise MissingRowsError(
                 f"{error} (rows are cut to max_length {self._args.max_length} here; fill the store with the same "
@@ -228,9 +230,7 @@ class TrainerReference:
         model = self._trainer.model
         return AdapterOffReference(model, adapter="ref" if "ref" in model.peft_config else None)
 
-    def _filled(
-        self, store: ReferenceStore | None, model: Any, pairs: list[TokenizedPair], batch_size: int
-    ) -> ReferenceStore:
+    def _filled(self, store: ReferenceStore | None, model: Any, pairs: PairTable, batch_size: int) -> ReferenceStore:
         """Computes what the store lacks, each process its share."""
         trainer, args = self._trainer, self._args
         if not hasattr(model, "hf_device_map") and not is_sharded(model):

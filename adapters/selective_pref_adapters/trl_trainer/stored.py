@@ -6,15 +6,27 @@ In: a data set as TRL has prepared it, and the collator that cuts its rows. Out:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset, Features
 
 from selective_pref_adapters.batch import REF_LOGPS, to_bits
 from selective_pref_adapters.pairs import TokenizedPair, uncounted_spans
+from selective_pref_adapters.pairs.large import PairTable
+from selective_pref_adapters.pairs.large.making import OF_IDS, PAIRS, known_of_ids
+from selective_pref_adapters.pairs.large.naming import code_digest
 from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.trl_trainer.data import PairCollator
+
+_ROWS_AT_ONCE = 128
+_COLUMNS = pa.schema([*PAIRS, *OF_IDS])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,33 +60,65 @@ def check_stored_dataset(dataset: Any) -> None:
         )
 
 
-def pairs_of(dataset: Any, collator: Any, name: str) -> list[TokenizedPair]:
-    """The token ids of every row as the collator will cut them.
+def pairs_of(dataset: Any, collator: Any, name: str, *, workers: int | None = None) -> PairTable:
+    """The token ids of every row as the collator will cut them, on the disk where the data set is.
+
+    The first process makes them. Where the collator is this library's own they are found again in the cache of
+    `datasets`, as long as data set, settings and code are the same.
+
+    Args:
+        dataset: as TRL has prepared it.
+        collator: without stored log-probs.
+        name: what the data set is called in error messages.
+        workers: processes that make them.
 
     Raises:
         ValueError: the data set cannot be read twice.
     """
-    return list(each_pair(dataset, collator, name))
-
-
-def each_pair(dataset: Any, collator: Any, name: str) -> Iterator[TokenizedPair]:
-    """As `pairs_of`, one pair after the other."""
     check_stored_dataset(dataset)
-    for number, example in enumerate(dataset):
-        batch = collator([example])
-        sides = []
-        for row in range(2):
-            attended = batch["attention_mask"][row] != 0
-            counts = (batch["completion_mask"][row][attended] != 0).tolist()
-            start = counts.index(True) if True in counts else len(counts)
-            sides.append((batch["input_ids"][row][attended].tolist(), start, uncounted_spans(counts, start)))
-        (chosen_ids, chosen_start, chosen_uncounted), (rejected_ids, rejected_start, rejected_uncounted) = sides
-        yield TokenizedPair(
-            chosen_ids=chosen_ids,
-            rejected_ids=rejected_ids,
-            chosen_prompt_length=chosen_start,
-            rejected_prompt_length=rejected_start,
-            chosen_uncounted=chosen_uncounted,
-            rejected_uncounted=rejected_uncounted,
-            place=example.get("place", f"{name}, row {number}"),
+    with PartialState().main_process_first():
+        made = dataset.map(
+            _cut,
+            batched=True,
+            batch_size=_ROWS_AT_ONCE,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=Features.from_arrow_schema(_COLUMNS),
+            num_proc=workers,
+            load_from_cache_file=None if type(collator) is PairCollator else False,  # the code of others may change
+            desc=f"Cutting {name} dataset",
+            fn_kwargs={"collator": collator, "name": name, "code": _code()},
         )
+    return PairTable(made.select_columns(PAIRS.names), made.data.table, np.arange(len(made)))
+
+
+def _code() -> list[str]:
+    """What decides how rows are cut, beside a collator's settings."""
+    here = hashlib.blake2b(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return [code_digest(), here.hexdigest(), importlib.metadata.version("trl")]
+
+
+def _cut(
+    batch: dict[str, list[Any]], indices: list[int], *, collator: Any, name: str, code: Any
+) -> dict[str, list[Any]]:
+    """A batch of rows as `Dataset.map` hands it over, as pairs. `code` only makes the cache's key."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    collated = collator(rows)
+    attended = collated["attention_mask"] != 0
+    sides = [
+        _side(ids[at].tolist(), (counts[at] != 0).tolist())
+        for ids, at, counts in zip(collated["input_ids"], attended, collated["completion_mask"], strict=True)
+    ]
+    out: dict[str, list[Any]] = {column: [] for column in _COLUMNS.names}
+    for number, row in enumerate(rows):
+        both = zip(("chosen", "rejected"), (sides[number], sides[number + len(rows)]), strict=True)
+        fields = {f"{side}_{what}": value for side, known in both for what, value in known.items()}
+        pair = TokenizedPair(**fields, place=row.get("place", f"{name}, row {indices[number]}"))
+        for column, value in {**vars(pair), **known_of_ids(pair)}.items():
+            out[column].append(value)
+    return out
+
+
+def _side(ids: list[int], counts: list[bool]) -> dict[str, Any]:
+    start = counts.index(True) if True in counts else len(counts)
+    return {"ids": ids, "prompt_length": start, "uncounted": uncounted_spans(counts, start)}

@@ -62,7 +62,7 @@ from selective_pref_adapters.trl_trainer.images import images_must_fit
 from selective_pref_adapters.trl_trainer.metrics import batch_metrics, token_means
 from selective_pref_adapters.trl_trainer.pictures import shown_rows
 from selective_pref_adapters.trl_trainer.reference import TrainerReference, config_of, has_adapter
-from selective_pref_adapters.trl_trainer.stored import WithStoredReference, bare, each_pair, pairs_of
+from selective_pref_adapters.trl_trainer.stored import WithStoredReference, bare, pairs_of
 from selective_pref_adapters.trl_trainer.weights import WEIGHT_COLUMN, batch_weights, with_pair_weights
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,9 @@ class SelectiveDPOTrainer(DPOTrainer):
         store.check_tokenizer(self._tokenizer)
         for dataset in (self.train_dataset, *all_sets(self.eval_dataset)):
             if dataset is not None:
-                store.check(each_pair(dataset, bare(self.data_collator), "data set"))
+                workers = self.args.dataset_num_proc
+                pairs = pairs_of(dataset, bare(self.data_collator), "data set", workers=workers)
+                store.check(pairs, together=True)
         self.data_collator = WithStoredReference(collator=self.data_collator, store=store, key=SCORING_REF_LOGPS)
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -315,7 +317,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         self._check_once()
         self._use_own_collator()
         collator = bare(self.data_collator)
-        pairs = pairs_of(dataset, collator, name)
+        pairs = pairs_of(dataset, collator, name, workers=self.args.dataset_num_proc)
         check_stored_inputs(self.model, collator([dataset[0]]))
         take_back_forward(self.model)
         store = self.reference.store_rows(pairs, batch_size)

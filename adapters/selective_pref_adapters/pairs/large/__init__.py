@@ -10,7 +10,7 @@ In: a source of rows, a tokenizer, how rows are cut. Out: `TokenizedRows`, of wh
 from selective_pref_adapters.pairs.large.folder import AUTO, OFF, default_folder, tokenized_rows
 from selective_pref_adapters.pairs.large.naming import Making
 from selective_pref_adapters.pairs.large.streaming import PairStream, stream_of, streamed_pairs
-from selective_pref_adapters.pairs.large.table import PairTable, TokenizedRows, malformed_note, no_pairs
+from selective_pref_adapters.pairs.large.table import PairTable, TokenizedRows, joined, malformed_note, no_pairs
 
 __all__ = [
     "AUTO",
@@ -20,6 +20,7 @@ __all__ = [
     "PairTable",
     "TokenizedRows",
     "default_folder",
+    "joined",
     "malformed_note",
     "no_pairs",
     "stream_of",

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from selective_pref_adapters.pairs.collate import TokenizedPair, row_key
+from selective_pref_adapters.pairs.collate import TokenizedPair, row_key, scored_tokens
 from selective_pref_adapters.pairs.files import RawRow
 from selective_pref_adapters.pairs.large.naming import Making
 from selective_pref_adapters.pairs.rendering import Tokenizer
@@ -41,22 +42,31 @@ PAIRS = pa.schema(
     }
 )
 """The fields of `TokenizedPair`; all ids are empty in a row of which nothing is left."""
-ABOUT = pa.schema(
+OF_IDS = pa.schema(
     {
-        "left": pa.bool_(),  # whether a token of a completion is left
-        "reason": pa.string(),  # why nothing can be learnt from it; "" where something can
-        "refused": pa.string(),  # what the chat template says against it; "" where nothing
-        "cut": pa.bool_(),
-        "merged": pa.bool_(),
-        "tools_unread": pa.bool_(),
-        "weight": pa.float64(),
-        "longest": pa.int32(),  # tokens of the longer side
         "highest": pa.int32(),  # token id
         "chosen_key": pa.binary(),  # of `row_key`; empty where there is no such side
         "rejected_key": pa.binary(),
+        "chosen_tokens": pa.int32(),
+        "rejected_tokens": pa.int32(),
+        "chosen_scored": pa.int32(),  # tokens to which a reference gives log-probs
+        "rejected_scored": pa.int32(),
     }
 )
-"""What is known of a row without its ids."""
+"""What is known of a row by its ids alone."""
+ABOUT = pa.schema(
+    [
+        pa.field("left", pa.bool_()),  # whether a token of a completion is left
+        pa.field("reason", pa.string()),  # why nothing can be learnt from it; "" where something can
+        pa.field("refused", pa.string()),  # what the chat template says against it; "" where nothing
+        pa.field("cut", pa.bool_()),
+        pa.field("merged", pa.bool_()),
+        pa.field("tools_unread", pa.bool_()),
+        pa.field("weight", pa.float64()),
+        *OF_IDS,
+    ]
+)
+"""What is known of a row, without its ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +172,6 @@ def _known(encoded: EncodedRow, making: Making) -> tuple[TokenizedPair, dict[str
         weight=row.weight,
     )
     pair = cut or nothing
-    keys = {name: row_key(_as_array(ids), mask) for name, ids, mask in pair.sides()} if cut else {}
     return pair, {
         "left": cut is not None,
         "reason": reason or "",
@@ -171,14 +180,17 @@ def _known(encoded: EncodedRow, making: Making) -> tuple[TokenizedPair, dict[str
         "merged": encoded.merged,
         "tools_unread": encoded.tools_unread,
         "weight": row.weight,
-        "longest": max(len(pair.chosen_ids), len(pair.rejected_ids)),
-        "highest": max(pair.chosen_ids + pair.rejected_ids, default=0),
-        "chosen_key": keys.get("chosen", b""),
-        "rejected_key": keys.get("rejected", b""),
+        **known_of_ids(pair),
     }
 
 
-def _as_array(ids: list[int]) -> Any:
-    import numpy as np
-
-    return np.asarray(ids, dtype=np.int32)
+def known_of_ids(pair: TokenizedPair) -> dict[str, Any]:
+    """The columns of `OF_IDS`."""
+    known: dict[str, Any] = {"highest": max(pair.chosen_ids + pair.rejected_ids, default=0)}
+    for side in ("chosen", "rejected"):
+        known |= {f"{side}_key": b"", f"{side}_tokens": 0, f"{side}_scored": 0}
+    for side, ids, mask in pair.sides():
+        if ids:
+            key = row_key(np.asarray(ids, dtype=np.int32), mask)
+            known |= {f"{side}_key": key, f"{side}_tokens": len(ids), f"{side}_scored": scored_tokens(mask)}
+    return known

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selective_pref_adapters.pairs.collate import TokenizedPair
+from selective_pref_adapters.pairs.collate import KEY_BYTES, TokenizedPair
+from selective_pref_adapters.pairs.large.making import ABOUT
 from selective_pref_adapters.pairs.large.naming import Making
 from selective_pref_adapters.pairs.report import NO_COMPLETION, UNSEEN, TokenizationReport
 from selective_pref_adapters.pairs.rows import SKIP, RowError, held_out_prompts
 
 _ROWS_AT_ONCE = 1000
+_SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class PairTable(Sequence[TokenizedPair]):
 
     Attributes:
         data: a `datasets.Dataset` with the fields of `TokenizedPair`.
-        about: what is known of every row of `data`; see `making.ABOUT`.
+        about: what is known of every row of `data`: see `making.OF_IDS`.
         rows: which rows of them, in which order: int64 [N].
     """
 
@@ -65,7 +67,7 @@ class PairTable(Sequence[TokenizedPair]):
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of the longer side of each pair: int32 [N]."""
-        return self._column("longest")
+        return np.maximum(self._column("chosen_tokens"), self._column("rejected_tokens"))
 
     @property
     def highest_id(self) -> int:
@@ -78,6 +80,23 @@ class PairTable(Sequence[TokenizedPair]):
         if self.about["weight"].null_count == len(self.about):
             return [None] * len(self)
         return self.about["weight"].take(pa.array(self.rows)).to_pylist()
+
+    def sides(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(the `row_key` of each side, its tokens, those that have log-probs), chosen and rejected of each pair.
+
+        Returns:
+            bytes of `KEY_BYTES` [N 2], int32 [N 2], int32 [N 2]; zeros where a pair has no rejected side.
+        """
+        keys = [self._keys(f"{side}_key") for side in _SIDES]
+        tokens, scored = ([self._column(f"{side}_{what}") for side in _SIDES] for what in ("tokens", "scored"))
+        return np.stack(keys, axis=1), np.stack(tokens, axis=1), np.stack(scored, axis=1)
+
+    def _keys(self, name: str) -> np.ndarray:
+        keys = self.about[name].take(pa.array(self.rows))
+        absent = pc.equal(pc.binary_length(keys), 0)
+        whole = pc.if_else(absent, pa.scalar(bytes(KEY_BYTES), keys.type), keys).cast(pa.binary(KEY_BYTES))
+        raw = b"".join(part.buffers()[1].slice(KEY_BYTES * part.offset, KEY_BYTES * len(part)) for part in whole.chunks)
+        return np.frombuffer(raw, dtype=(np.bytes_, KEY_BYTES))
 
     def keys(self) -> Iterator[tuple[bytes, ...]]:
         """The `row_key` of each side of each pair."""
@@ -102,11 +121,22 @@ class PairTable(Sequence[TokenizedPair]):
 
 def no_pairs() -> PairTable:
     """A table without pairs."""
-    empty = pa.table({"longest": pa.array([], pa.int32()), "highest": pa.array([], pa.int32())})
-    about = empty.append_column("weight", pa.array([], pa.float64()))
-    for name in ("chosen_key", "rejected_key"):
-        about = about.append_column(name, pa.array([], pa.binary()))
-    return PairTable([], about, np.arange(0))
+    return PairTable([], ABOUT.empty_table(), np.arange(0))
+
+
+def joined(tables: Sequence[PairTable]) -> PairTable:
+    """The pairs of several tables as one, in their order."""
+    from datasets import concatenate_datasets
+
+    some = [table for table in tables if len(table)]
+    if len(some) < 2:
+        return some[0] if some else no_pairs()
+    starts = np.cumsum([0, *(len(table.about) for table in some[:-1])])
+    return PairTable(
+        concatenate_datasets([table.data for table in some]),
+        pa.concat_tables([table.about for table in some]),
+        np.concatenate([table.rows + start for table, start in zip(some, starts, strict=True)]),
+    )
 
 
 def as_pair(row: Mapping[str, Any]) -> TokenizedPair:

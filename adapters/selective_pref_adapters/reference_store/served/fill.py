@@ -20,7 +20,7 @@ from selective_pref_adapters.models import own_vocabulary
 from selective_pref_adapters.pairs import TokenizedPair, Tokenizer
 from selective_pref_adapters.reference_store.fill import Comparison, FillReport, compare_rows, fill_rows
 from selective_pref_adapters.reference_store.identity import LOGPS_VERSION
-from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, rows_of_pairs
+from selective_pref_adapters.reference_store.rows import LogpSource, Row, RowLogps, as_rows, rows_of_pairs
 from selective_pref_adapters.reference_store.served.answers import Texts, TryAgainError, ask
 from selective_pref_adapters.reference_store.served.probe import check_server
 from selective_pref_adapters.reference_store.served.server import Server, ServerError
@@ -114,9 +114,9 @@ def compared_first(
     """
 
     def logps(lacking: Sequence[Row]) -> Iterator[RowLogps]:
-        absent = {row.key for row in lacking}
-        stored = [row for row in rows if row.key not in absent and store.has(row)]
-        if any(row.values for row in stored):
+        different = as_rows(rows).different()
+        stored = different.some(store.held(different))
+        if len(stored):
             tell(check_drift(compare_rows(store, stored, source, sample=_COMPARED_ROWS, seed=0), store.space.label))
         yield from source(lacking)
 
@@ -149,10 +149,9 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
     Raises:
         ServerError, NonFiniteError, StoreError: see `fill_from_server`.
     """
-    todo = [
-        list(rows[start : start + server.rows_per_request]) for start in range(0, len(rows), server.rows_per_request)
-    ]
-    todo.reverse()
+    at_once = server.rows_per_request
+    fresh = (list(rows[start : start + at_once]) for start in range(0, len(rows), at_once))
+    again: list[list[Row]] = []  # halves of what failed
     stop, texts = threading.Event(), Texts(tokenizer)
     under_way: dict[Future[RowLogps], tuple[list[Row], int]] = {}
     told = False  # of an outage that still lasts
@@ -168,16 +167,18 @@ def served_logps(rows: Sequence[Row], server: Server, tokenizer: Tokenizer) -> I
         try:
             if rows:
                 check_server(client, server, rows, tokenizer, stop)
-            while todo or under_way:
-                while todo and len(under_way) < server.concurrency:
-                    start(todo.pop(), 0)
+            while True:
+                while len(under_way) < server.concurrency and (group := again.pop() if again else next(fresh, None)):
+                    start(group, 0)
+                if not under_way:
+                    return
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     group, attempt = under_way.pop(future)
                     try:
                         computed = future.result()
                     except TryAgainError as error:
                         if len(group) > 1:
-                            todo += [group[len(group) // 2 :], group[: len(group) // 2]]
+                            again += [group[len(group) // 2 :], group[: len(group) // 2]]
                         elif attempt + 1 < server.attempts:
                             if not told:
                                 logger.warning(

@@ -19,7 +19,7 @@ import httpx2
 import numpy as np
 
 from selective_pref_adapters.pairs import Tokenizer
-from selective_pref_adapters.reference_store.rows import Row
+from selective_pref_adapters.reference_store.rows import Row, as_rows
 from selective_pref_adapters.reference_store.served.answers import (
     ForbiddenError,
     RefusedError,
@@ -101,7 +101,8 @@ def _check_model(models: Sequence[dict[str, Any]], server: Server, rows: Sequenc
     if names and server.model not in names:
         raise ServerError(f"{server.url} serves no model {server.model!r}. It serves: {', '.join(sorted(names))}")
     context = names.get(server.model, {}).get("max_model_len")
-    longest = max(rows, key=lambda row: len(row.ids))
+    known = as_rows(rows)
+    longest = known[int(known.tokens.argmax())]
     if isinstance(context, int) and len(longest.ids) >= context:
         raise StoreError(
             f"{longest.place} has {len(longest.ids)} tokens, and {server.model!r} reads {context}, one of which is for "
