@@ -1,8 +1,9 @@
 """Peak memory of the training job under ZeRO-3: policy and reference, several processes, one step and the export.
 
-    python tests/benchmarks/bench_sharded_loading.py [--processes 2] [--layers 8] [--door train|dpo]
+    python tests/benchmarks/bench_sharded_loading.py [--processes 2] [--layers 8] [--door train|dpo|hf]
 
-`--door dpo` is TRL's trainer (`selective-pref dpo`) in place of the loop (`selective-pref train`).
+`--door dpo` is TRL's trainer (`selective-pref dpo`) in place of the loop (`selective-pref train`), `--door hf` a script
+with the HF Trainer, which saves the model at the end, too.
 
 Llamas of about 420 MiB in float32 with random weights are made on the spot. What tiny models take in the same job is
 subtracted, and the rest is given in multiples of a model's size, for the process that takes the most. Two readings:
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "adapters"))
 MIB = 2**20
@@ -55,6 +57,9 @@ def job(folder: str, models: str, options: list[str]) -> None:
     from selective_pref_adapters.cli import main
 
     models_of = Path(folder) / models
+    if options[0] == "hf":
+        hf_script(Path(folder), models_of)
+        return finish(0)
     if options[0] == "dpo":
         return finish(main(["dpo", *dpo_flags(Path(folder), models_of), *options[1:]]))
     flags = ["--model", f"{models_of / 'policy'}", "--ref-model", f"{models_of / 'reference'}"]
@@ -63,18 +68,57 @@ def job(folder: str, models: str, options: list[str]) -> None:
     return finish(main(["train", *flags, *options[1:]]))
 
 
-def dpo_flags(folder: Path, models: Path) -> list[str]:
-    settings = {
+def hf_script(folder: Path, models: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
+    from selective_pref_adapters.pairs import read_rows, tokenize_pairs
+
+    args = TrainingArguments(
+        output_dir=str(folder / f"hf-{models.name}"),
+        use_cpu=True,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        deepspeed=zero_settings(stage3_gather_16bit_weights_on_model_save=True),
+    )
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32) for name in ("policy", "reference")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(models / "policy")
+    pairs, _ = tokenize_pairs(read_rows(folder / "pairs.jsonl"), tokenizer, max_length=64)
+    trainer = Trainer(
+        model=policy,
+        args=args,
+        train_dataset=pairs,
+        data_collator=PreferenceCollator(tokenizer),
+        compute_loss_func=SelectivePreferenceLoss(ref_model=reference),
+        processing_class=tokenizer,
+    )
+    SelectionCallback().attach(trainer)
+    trainer.train()
+    trainer.save_model()
+
+
+def zero_settings(**more: Any) -> dict[str, Any]:
+    return {
         **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
         "zero_optimization": {
             "stage": 3,
             "sub_group_size": 20_000_000,  # as in the loop
             **dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto"),
+            **more,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    (folder / f"zero-{os.environ['RANK']}.json").write_text(json.dumps(settings))
+
+
+def dpo_flags(folder: Path, models: Path) -> list[str]:
+    (folder / f"zero-{os.environ['RANK']}.json").write_text(json.dumps(zero_settings()))
     flags = ["--model_name_or_path", f"{models / 'policy'}", "--ref_model_name_or_path", f"{models / 'reference'}"]
     flags += ["--dataset_name", f"{folder}/pairs.jsonl", "--output_dir", f"{folder}/dpo-{models.name}"]
     flags += ["--use_cpu", "--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "1"]
@@ -131,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--door", choices=["train", "dpo"], default="train")
+    parser.add_argument("--door", choices=["train", "dpo", "hf"], default="train")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options, further = parser.parse_known_args()
     if options.job:

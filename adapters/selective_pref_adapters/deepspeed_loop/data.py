@@ -80,7 +80,7 @@ def load_pairs(
 def _emulation_note(config: TrainConfig) -> list[str]:
     if config.dtype != "bfloat16" or torch.cuda.is_available():
         return []
-    if not hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.8
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.10
         return []
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"):

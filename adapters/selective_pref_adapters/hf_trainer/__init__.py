@@ -20,11 +20,19 @@ In: a `Trainer` of your own. Out: the same `Trainer`, training on preference pai
 
 from __future__ import annotations
 
+import os
+
 from selective_pref_adapters.hf_trainer.callback import SelectionCallback
 from selective_pref_adapters.hf_trainer.collator import PreferenceCollator, PreferenceLabels
 from selective_pref_adapters.hf_trainer.loss import SelectivePreferenceLoss
 from selective_pref_adapters.hf_trainer.mixin import SelectivePreferenceMixin, SelectivePreferenceTrainer
 from selective_pref_adapters.objectives import Schedule
+from selective_pref_adapters.sharded import give_freed_memory_back
+
+if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # A script that is run by several processes may load its models sharded, and does so before it calls anything here:
+    # afterwards it is too late, holes are filled again before the system is asked for a new block.
+    give_freed_memory_back()
 
 __all__ = [
     "PreferenceCollator",
