@@ -286,7 +286,7 @@ print(before - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_a_script_of_several_processes_gives_freed_memory_back() -> None:
-    """32 blocks of 8 MiB with small ones between them, as ZeRO-3 leaves them; a script imports, then loads its models."""
+    """32 blocks of 8 MiB with small ones between them, as ZeRO-3 leaves them; first a script imports."""
     run = subprocess.run(
         [sys.executable, "-c", FREES], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=True
     )
