@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -143,33 +145,43 @@ def prepared(
         raise ValueError(
             f"none of {report.rows} pairs of the {name} data set can be trained on: {'; '.join(report.lines())}"
         )
+    kept = pc.equal(done.data["left_out"], "")
+    no_weights = [WEIGHT_COLUMN] if done.data[WEIGHT_COLUMN].filter(kept).null_count == report.kept else []
     if report.kept < report.rows:
-        done = done.select([number for number, reason in enumerate(done["left_out"]) if not reason])
-    no_weights = [WEIGHT_COLUMN] if all(weight is None for weight in done[WEIGHT_COLUMN]) else []
+        done = done.select(np.flatnonzero(kept.to_numpy()))
     return done.remove_columns(["left_out", "truncated", "merged", "tools_unread", *no_weights])
 
 
 def _report(done: Dataset, max_length: int, mode: Truncation) -> tuple[TokenizationReport, list[str]]:
     """What became of the rows, and a line about malformed ones where there are any."""
-    reasons = list(done["left_out"])
-    malformed = [reason for reason in reasons if reason.startswith(_MALFORMED)]
-    kept = [not reason for reason in reasons]
+    table = done.data
+    reasons = table["left_out"]
+    kept = pc.equal(reasons, "")
+    broken = pc.starts_with(reasons, _MALFORMED)
+    malformed = reasons.filter(broken)
 
     def count(column: str) -> int:
-        return sum(flag for flag, keep in zip(done[column], kept, strict=True) if keep)
+        return pc.sum(pc.and_(table[column], kept)).as_py() or 0
 
     report = TokenizationReport(
         rows=len(reasons),
-        kept=sum(kept),
-        left_out=Counter(reason for reason in reasons if reason and not reason.startswith(_MALFORMED)),
+        kept=pc.sum(kept).as_py() or 0,
+        left_out=Counter(
+            {
+                one["values"].as_py(): one["counts"].as_py()
+                for one in pc.value_counts(reasons.filter(pc.invert(pc.or_(kept, broken))))
+            }
+        ),
         truncated=count("truncated"),
         boundary_merged=count("merged"),
         tools_unread=count("tools_unread"),
         max_length=max_length,
         truncation_mode=mode,
     )
-    first = malformed[0].removeprefix(_MALFORMED) if malformed else ""
-    return report, [f"{len(malformed)} malformed rows left out, the first: {first}"] if malformed else []
+    if not len(malformed):
+        return report, []
+    first = malformed[0].as_py().removeprefix(_MALFORMED)
+    return report, [f"{len(malformed)} malformed rows left out, the first: {first}"]
 
 
 def _code_digest() -> str:
