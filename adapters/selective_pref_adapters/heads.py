@@ -237,21 +237,42 @@ def _is_fused(causal: Any) -> bool:
 def _with_auxiliary_loss(causal: Any, forward: Callable[[], Any], labels: Tensor) -> tuple[Tensor, ...]:
     """(log-probs, statistics, load-balancing loss []), the last from the model's own forward.
 
-    Where the head is fused, that forward gets one column of the hidden states for logits, which nothing reads.
+    Where the head is fused, another module stands in its place in that forward: FSDP2 gathers the last norm and the
+    head together until each was called once, and takes their weights away in the backward pass of a second call.
     """
     if not _is_fused(causal):
         outputs = forward()
         return (*_dense_logps_and_statistics(outputs.logits, labels), outputs.aux_loss)
     seen: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return hidden[..., :1]
-
-    with _forward_replaced(causal.get_output_embeddings(), keep):
+    with _replaced(causal, causal.get_output_embeddings(), _Keeps(seen)):
         auxiliary = forward().aux_loss
     hidden = seen[0][:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
     return (*_call_head(causal, hidden[:, :-1], labels[:, 1:], statistics=True), auxiliary)
+
+
+class _Keeps(nn.Module):
+    """Keeps the hidden states that a head would get, and gives one column of them for logits, which nothing reads."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self._seen.append(hidden)
+        return hidden[..., :1]
+
+
+@contextmanager
+def _replaced(model: nn.Module, module: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Another module in the place of one of a model's, as long as the block runs."""
+    parents = [(one, name) for one in model.modules() for name, child in one.named_children() if child is module]
+    for parent, name in parents:
+        setattr(parent, name, other)
+    try:
+        yield
+    finally:
+        for parent, name in parents:
+            setattr(parent, name, module)
 
 
 @torch.compiler.disable

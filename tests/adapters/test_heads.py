@@ -160,6 +160,20 @@ def test_a_soft_prompt_is_left_out(batch: dict[str, torch.Tensor]) -> None:
         assert not torch.allclose(model_per_token_logps(model, batch), dense[0])
 
 
+def test_a_load_balancing_loss_needs_no_second_call_of_the_head(batch: dict[str, torch.Tensor]) -> None:
+    """FSDP2 gathers norm and head when the first of them is called, and lets go of them when both were."""
+    model: Any = make("mixtral")
+    assert install_fused_head(model)
+    calls = list[str]()
+    for name in ("model.norm", "lm_head"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    labels = batch["input_ids"].where(batch.pop("completion_mask") == 1, -100)
+    logps, *_, auxiliary = model(**batch, completion_labels=labels, output_router_logits=True)
+    assert calls == ["model.norm", "lm_head"]
+    torch.testing.assert_close(auxiliary, make("mixtral")(**batch, output_router_logits=True).aux_loss)
+    torch.testing.assert_close(logps, model(**batch, completion_labels=labels))
+
+
 def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:
     model = make("llama", tie_word_embeddings=True)
     dense = logps_and_gradients(model, batch)

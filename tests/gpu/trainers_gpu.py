@@ -1,6 +1,6 @@
 """The three adapters on a GPU, beside the same runs on the CPU: losses of a few steps, float32 and bf16; and sharded.
 
-    python tests/gpu/trainers_gpu.py [--tiny]
+    python tests/gpu/trainers_gpu.py [--tiny] [--only ADAPTER ...]
 
 A small Llama with random weights learns from made-up pairs beside another one as reference, with Selective-DPO. Each
 run is a process of its own; those on the CPU do not see the GPU. The losses of float32 must agree; those of bf16 come
@@ -31,6 +31,9 @@ STEPS, PAIRS, RATE = 6, 4, 1e-3
 
 
 def make_files(folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
     from tiny import make_model, write_jsonl
 
     words = [f"w{number}" for number in range(2000)]
@@ -45,16 +48,22 @@ def make_files(folder: Path) -> None:
     more = {"max_position_embeddings": 256, "num_key_value_heads": None, "initializer_range": 0.05}
     for seed, name in enumerate(("policy", "reference")):
         make_model(folder / name, seed, words, **SHAPE, **more)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    torch.manual_seed(2)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "initializer_range": 0.05}
+    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **{**SHAPE, **experts}))
+    mixture.save_pretrained(folder / "mixture")
+    tokenizer.save_pretrained(folder / "mixture")
 
 
-def with_trl(folder: Path, bf16: bool, gpu: bool, **sharded: Any) -> list[float]:
+def with_trl(folder: Path, bf16: bool, gpu: bool, policy: str = "policy", **sharded: Any) -> list[float]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
 
     trainer = SelectiveDPOTrainer(
-        model=str(folder / "policy"),
+        model=str(folder / policy),
         ref_model=str(folder / "reference"),
         args=SelectiveDPOConfig(selection_ratio=0.4, max_length=256, **arguments(folder, bf16, gpu, 0.1), **sharded),
         train_dataset=Dataset.from_list([json.loads(line) for line in (folder / "rows.jsonl").open()]),
@@ -153,6 +162,8 @@ RUNS: dict[str, Callable[[Path, bool, bool], list[float]]] = {
     "TRL": with_trl,
     "TRL, ZeRO-3": partial(with_trl, **ZERO_3),
     "TRL, FSDP2": partial(with_trl, **FSDP2),
+    "TRL with experts": partial(with_trl, policy="mixture"),
+    "TRL with experts, FSDP2": partial(with_trl, policy="mixture", **FSDP2),
     "HF Trainer": with_hf,
     "HF Trainer, ZeRO-3": partial(with_hf, **ZERO_3),
     "HF Trainer, FSDP2": partial(with_hf, **FSDP2),
@@ -163,6 +174,7 @@ RUNS: dict[str, Callable[[Path, bool, bool], list[float]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -175,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 3)) as at_once:
         folder = Path(name)
         make_files(folder)
-        cases = [(adapter, dtype, device) for adapter in RUNS for dtype, device in settings]
+        cases = [(adapter, dtype, device) for adapter in options.only for dtype, device in settings]
         runs = at_once.map(lambda case: in_a_process(name, cases.index(case), *case), cases)
         for case, run in zip(cases, runs, strict=True):
             adapter, dtype, device = case
