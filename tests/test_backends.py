@@ -200,6 +200,7 @@ def test_compiled_for_dynamic_shapes_equals_eager_and_lengths_do_not_recompile()
         all_close(_run(dynamic, batch, ratio), _run(call, batch, ratio))
 
 
+@pytest.mark.slow
 @compiled
 def test_compiled_to_machine_code_equals_eager() -> None:
     torch.compiler.reset()

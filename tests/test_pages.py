@@ -91,6 +91,7 @@ def commands() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("command", sorted(commands()))
 def test_flags_in_console_blocks_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
     from selective_pref_adapters.cli import main
 
     if command == "dpo":

@@ -34,7 +34,11 @@ PUBLIC |= {
     for module in (selective_pref.pair_losses, selective_pref.divergences)
     for name in module.__all__
 }
-CALLABLE = {name: value for name, value in PUBLIC.items() if inspect.isroutine(value) or inspect.isclass(value)}
+CALLABLE = {
+    name: value
+    for name, value in PUBLIC.items()
+    if inspect.isroutine(value) or (inspect.isclass(value) and not isinstance(value, types.GenericAlias))  # Python 3.10
+}
 
 
 def test_all_is_what_can_be_imported() -> None:
