@@ -24,8 +24,8 @@ _WANTED = """a loss with the signature
     loss(chosen, rejected, *, beta{ratio}) -> losses
 
 where chosen and rejected have the fields of selective_pref.Response, per_token_logps, ref_per_token_logps and mask
-([B T_w] and [B T_l], as as_array makes them), and losses is one number per pair [B], or their mean, or a
-PreferenceLoss. Wrap yours:
+([B T_w] and [B T_l], as as_array makes them), and losses is an array: one number per pair [B], or their mean []; or
+it is a PreferenceLoss. Wrap yours:
 
     def loss(chosen, rejected, *, beta{ratio}):
         return my_loss(chosen.per_token_logps, chosen.ref_per_token_logps, chosen.mask, rejected.per_token_logps, ...)
@@ -73,9 +73,12 @@ class Subject:
             pass
         except TypeError as error:
             raise WrongKindError(f"assert_conforms wants {self.wanted}\ngot {name_of(loss)}: {error}") from error
-        dtype = as_array(np.zeros((1, 1))).dtype
-        xp = _arrays.namespace(as_array(np.zeros((1, 1))))
-        self.tolerance = float(xp.finfo(dtype).eps) ** 0.6
+        if not callable(as_array) or not _arrays.compat.is_array_api_obj(made := as_array(np.zeros((1, 1)))):
+            raise TypeError(
+                "as_array must be a function from a NumPy array to one of your library, such as torch.from_numpy; got "
+                f"{name_of(as_array)}"
+            )
+        self.tolerance = float(_arrays.namespace(made).finfo(made.dtype).eps) ** 0.6
 
     def numbers(self, beta: float, ratio: float) -> dict[str, float]:
         return {"beta": beta, **({"selection_ratio": ratio} if self.selective else {})}

@@ -21,7 +21,8 @@ def per_token_logps(logits: Array, labels: Array, *, ignore_index: int = -100) -
     Args:
         logits: real floating [B T+1 V].
         labels: integer [B T+1], in [0, V), or `ignore_index` for prompt and padding (their logits are not read:
-            NaN there changes neither value nor gradient).
+            NaN there changes neither value nor gradient). The log-prob of any other id is NaN: values are not looked
+            at, which would wait for a device.
 
     Returns:
         per_token_logps [B T], at least float32, 0 off the mask; mask bool [B T].
@@ -47,6 +48,8 @@ def per_token_logps(logits: Array, labels: Array, *, ignore_index: int = -100) -
     wide = xp.where(here, _arrays.upcast(logits), xp.zeros((), dtype=xp.float32, device=_arrays.compat.device(logits)))
     peak = _arrays.detach(xp.max(wide, axis=-1, keepdims=True))
     log_normaliser = peak + xp.log(xp.sum(xp.exp(wide - peak), axis=-1, keepdims=True))
-    index = xp.expand_dims(xp.where(mask, labels, xp.zeros_like(labels)), axis=-1)
+    token = (labels >= 0) & (labels < wide.shape[-1])
+    index = xp.expand_dims(xp.where(mask & token, labels, xp.zeros_like(labels)), axis=-1)
     logps = xp.squeeze(xp.take_along_axis(wide, index, axis=-1) - log_normaliser, axis=-1)
+    logps = xp.where(token, logps, xp.full_like(logps, xp.nan))  # some libraries would wrap around
     return xp.where(mask, logps, xp.zeros_like(logps)), mask

@@ -121,6 +121,9 @@ def preference_loss(
     """
     check_pair(chosen, rejected)
     _arrays.check_positive("beta", beta)
+    for name, function, example in (("pair_loss", pair_loss, "pair_losses.sigmoid"), ("reward", reward, "mean_logp")):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, as selective_pref.{example} is one; got {function!r}")
     losses = pair_loss(reward(chosen), reward(rejected), beta=beta)
     _check_losses(losses, chosen)
     return make_report(losses, chosen, rejected, reward, beta)

@@ -68,8 +68,8 @@ def select(
     ratios = _ratios(selection_ratio, pool)
     options = {"ties": ties, "min_score": min_score}
     if scores is None or callable(scores):
-        chosen_scores, rejected_scores = (scores or alignment_scores)(chosen, rejected)
-    elif isinstance(scores, (tuple, list)) and len(scores) == 2:
+        scores = (scores or alignment_scores)(chosen, rejected)
+    if isinstance(scores, (tuple, list)) and len(scores) == 2:
         chosen_scores, rejected_scores = scores
     else:
         raise TypeError(

@@ -50,8 +50,15 @@ def assert_conforms(
     broken = broken_laws(loss, selective=selective, as_array=as_array)
     if broken:
         name = getattr(loss, "__name__", type(loss).__name__)
-        lines = "\n".join(f"- {law}: {LAWS[law][0]}. {example}" for law, example in broken.items())
-        raise AssertionError(f"{name} breaks {len(broken)} of {len(LAWS)} laws:\n{lines}")
+        lines = [f"- {law}: {LAWS[law][0]}. {said}" for law, said in broken.items() if not said.startswith(_RAISES)]
+        for said in dict.fromkeys(said for said in broken.values() if said.startswith(_RAISES)):
+            lines.append(f"- {', '.join(law for law in broken if broken[law] == said)}: {said}")
+            if as_array is np.asarray:
+                lines.append("  It was given NumPy arrays. For others say as_array, such as as_array=torch.from_numpy")
+        raise AssertionError("\n".join([f"{name} breaks {len(broken)} of {len(LAWS)} laws:", *lines]))
+
+
+_RAISES = "It raises"
 
 
 def broken_laws(
@@ -76,7 +83,7 @@ def broken_laws(
         except WrongKindError:
             raise
         except Exception as error:
-            example = f"It raises {type(error).__name__}: {error}"
+            example = f"{_RAISES} {type(error).__name__}: {error}"
         if example is not None:
             found[law] = example
     return found

@@ -45,6 +45,15 @@ def test_ignored_labels_are_off_the_mask_and_their_logits_unread(backend: Backen
     np.testing.assert_allclose(numpy_of(logps), [[0.0, math.log(1 / 2), 0.0]])
 
 
+@pytest.mark.parametrize("backend", [*FLOAT64, s.JAX], **ids)
+@pytest.mark.parametrize("strange", [-1, 5, 6, 100])
+def test_an_id_that_is_no_token_has_no_log_prob(backend: Backend, strange: int) -> None:
+    """A tokenizer larger than the model, or another library's padding: nothing is read in its place."""
+    logps, mask = per_token_logps(backend.array(np.zeros((1, 4, 5))), integers(backend, [[0, 4, strange, -100]]))
+    assert numpy_of(mask).tolist() == [[True, True, False]]
+    np.testing.assert_allclose(numpy_of(logps), [[-math.log(5), NAN, 0.0]])
+
+
 @pytest.mark.parametrize("backend", FLOAT64, **ids)
 @settings(max_examples=15)
 @given(data=st.data())

@@ -490,6 +490,7 @@ def test_a_missing_reference_is_an_error_and_never_plain_dpo(missing: int, ratio
         ({"ties": "random"}, ValueError, "ties must be 'share', 'first' or 'all'; got 'random'"),
         ({"scores": "random"}, TypeError, r"scores must be None, a function .*\[B T_l\]; got str"),
         ({"scores": np.zeros((1, 3))}, TypeError, "scores must be None, a function .*; got ndarray"),
+        ({"scores": lambda chosen, rejected: np.zeros((2, 3))}, TypeError, "scores must be None, .*; got ndarray"),
         ({"scores": (np.zeros((1, 3)),)}, TypeError, "scores must be None, a function .*; got tuple"),
         (
             {"scores": (np.zeros((1, 3)), np.zeros((1, 3)))},

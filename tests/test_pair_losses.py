@@ -335,6 +335,11 @@ def test_what_preference_loss_refuses() -> None:
         preference_loss(chosen, rejected, pair_loss=pair_losses.hinge, beta=0)
     with pytest.raises(ValueError, match=r"one loss per pair, \[B\] = \(3,\); got float64 \(\)"):
         preference_loss(chosen, rejected, pair_loss=lambda w, r, *, beta: np.mean(w - r), beta=0.5)
+    named = "hinge"
+    with pytest.raises(TypeError, match=r"pair_loss must be a function, as .*sigmoid is one; got 'hinge'"):
+        preference_loss(chosen, rejected, pair_loss=named, beta=0.5)
+    with pytest.raises(TypeError, match=r"reward must be a function, as .*mean_logp is one; got 'hinge'"):
+        preference_loss(chosen, rejected, pair_loss=pair_losses.hinge, beta=0.5, reward=named)
     with pytest.raises(TypeError, match="rejected must be a Response"):
         preference_loss(chosen, None, **options)
 

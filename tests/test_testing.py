@@ -277,6 +277,20 @@ def test_the_error_names_every_law_with_a_small_counterexample() -> None:
     assert "It raises ZeroDivisionError" in broken["value"]
 
 
+def test_a_loss_that_takes_other_arrays_is_told_so_once() -> None:
+    def in_torch(chosen: Any, rejected: Any, *, beta: float) -> Any:
+        return torch.sum(chosen.per_token_logps)
+
+    with pytest.raises(AssertionError) as caught:
+        assert_conforms(in_torch)
+    lines = str(caught.value).splitlines()
+    assert sum("It raises TypeError" in line for line in lines) == 1
+    assert lines[-1].endswith("such as as_array=torch.from_numpy")
+    for wrong in (5, list):
+        with pytest.raises(TypeError, match=r"as_array must be a function .* such as torch.from_numpy"):
+            assert_conforms(plain, as_array=wrong)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(
     ("loss", "selective", "message"),
     [
