@@ -167,11 +167,12 @@ def test_a_load_balancing_loss_needs_no_second_call_of_the_head(batch: dict[str,
     calls = list[str]()
     for name in ("model.norm", "lm_head"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
-    labels = batch["input_ids"].where(batch.pop("completion_mask") == 1, -100)
-    logps, *_, auxiliary = model(**batch, completion_labels=labels, output_router_logits=True)
+    labels = batch["input_ids"].where(batch["completion_mask"] == 1, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logps, *_, auxiliary = model(**inputs, completion_labels=labels, output_router_logits=True)
     assert calls == ["model.norm", "lm_head"]
-    torch.testing.assert_close(auxiliary, make("mixtral")(**batch, output_router_logits=True).aux_loss)
-    torch.testing.assert_close(logps, model(**batch, completion_labels=labels))
+    torch.testing.assert_close(auxiliary, make("mixtral")(**inputs, output_router_logits=True).aux_loss)
+    torch.testing.assert_close(logps, model(**inputs, completion_labels=labels))
 
 
 def test_tied_weights_and_a_frozen_body(batch: dict[str, torch.Tensor]) -> None:
