@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run, _ = COMMANDS[command]
         return run(rest) or 0
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("SELECTIVE_PREF_TRACEBACK"):
             raise
-        print(f"selective-pref {command}: {error}", file=sys.stderr)
+        lacking = isinstance(error, ModuleNotFoundError)
+        print(f"selective-pref {command}: {error}{_extra_of(command, error) if lacking else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         left = {
@@ -59,16 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing", "demo": "replicate", "plan": "score"}
-        extras |= {name: name for name in ("score", "replicate", "generate")}
-        own = error.name if error.name in ("deepspeed", "peft", "trl") else None  # each an extra of its own
-        extra = own or extras.get(command, "deepspeed")
-        print(f"selective-pref {command}: {error}: pip install 'selective-pref[{extra}]'", file=sys.stderr)
-        return 1
-    except ImportError as error:  # a version that is not supported
-        print(f"selective-pref {command}: {error}", file=sys.stderr)
-        return 1
+
+
+def _extra_of(command: str, error: ModuleNotFoundError) -> str:
+    """Which extra brings a package that is absent; nothing for one that is none of ours."""
+    needed = {requirement.partition(";")[0].strip().lower() for requirement in _requirements()}
+    names = {re.split(r"[^\w.-]", requirement)[0].replace("-", "_") for requirement in needed}
+    package = str(error.name).partition(".")[0].lower()
+    if needed and {"yaml": "pyyaml"}.get(package, package) not in names:
+        return ""
+    extras = {"dpo": "trl", "inspect": "seeing", "report": "seeing", "demo": "replicate", "plan": "score"}
+    extras |= {name: name for name in ("score", "replicate", "generate")}
+    own = package if package in ("deepspeed", "peft", "trl") else None  # each an extra of its own
+    return f": pip install 'selective-pref[{own or extras.get(command, 'deepspeed')}]'"
+
+
+def _requirements() -> list[str]:
+    """What this package and its extras need, as its metadata say; none where it was not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.requires("selective-pref") or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _usage() -> str:
@@ -104,9 +118,11 @@ def _dpo(arguments: list[str]) -> None:
     join_launcher()
     check_address()
 
+    from selective_pref_adapters.launching.processes import leave_processes
     from selective_pref_adapters.trl_trainer.command import main as dpo
 
     dpo(arguments)
+    leave_processes()
 
 
 def _score(arguments: list[str]) -> None:
@@ -120,9 +136,11 @@ def _score(arguments: list[str]) -> None:
 
     config = _options(ScoreConfig, arguments, "score")
 
+    from selective_pref_adapters.launching.processes import leave_processes
     from selective_pref_adapters.reference_store.command import score
 
     score(config)
+    leave_processes()
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -42,20 +42,50 @@ def load_model(
         loader: what makes the model, given its name and options; None for transformers' `from_pretrained`.
 
     Raises:
-        ValueError: there is no such model; says whether the folder is absent or incomplete.
+        ValueError: there is no such model (says whether the folder is absent or incomplete), a file is damaged, or the
+            files lack a weight of the model or hold it in another shape (names the weight).
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention is not None:
         options["attn_implementation"] = attention
-    loader = AutoModelForCausalLM.from_pretrained if loader is None else loader
+    loader = partial(whole_model, AutoModelForCausalLM) if loader is None else loader
     model = _load("model", name, partial(loader, **options), ("config.json",))
     switch_off_dropout(model)
     return model
 
 
-def model_config(name: str) -> Any:
-    """The configuration of a model folder or hub id. Raises ValueError as `load_model` does."""
-    return _load("model", name, AutoConfig.from_pretrained, ("config.json",))
+def whole_model(kind: Any, name: str | None, **options: Any) -> nn.Module:
+    """`kind.from_pretrained(name, **options)`, where the files hold every weight of the model.
+
+    transformers draws at random what they lack, and trains on. Weights that are tied to others may be absent.
+
+    Raises:
+        ValueError: a weight is absent from the files, or has another shape there.
+    """
+    model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for key, there, asked in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{key} has the shape {tuple(there)} in the files and {tuple(asked)} by config.json: the two do not belong "
+            "together"
+        )
+    weights = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    if absent := sorted(weights & set(found["missing_keys"])):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ValueError(
+            f"its files lack {absent[0]}{more}, of {len(weights)} weights of {type(model).__name__}: what is absent "
+            "would be random. Take a checkpoint that was saved whole, as the model that config.json describes"
+        )
+    return model
+
+
+def model_config(name: str, **options: Any) -> Any:
+    """The configuration of a model folder or hub id. Raises ValueError as `load_model` does.
+
+    Args:
+        name: the folder or hub id.
+        options: of transformers' `from_pretrained`, as `revision`.
+    """
+    return _load("model", name, partial(AutoConfig.from_pretrained, **options), ("config.json",))
 
 
 def load_config(name: str) -> Any:
@@ -98,9 +128,11 @@ def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str,
         )
     try:
         return loader(name)
-    except (OSError, ValueError, ImportError) as error:
-        where = "the folder is incomplete" if folder.exists() else "there is no such folder, nor a hub model at hand"
-        raise ValueError(f"cannot load the {kind} of {name!r} ({where}): {error}") from error
+    except Exception as error:  # a damaged file gives whatever error its reader has
+        incomplete = "the folder is incomplete, or a file in it is damaged"
+        where = incomplete if folder.exists() else "there is no such folder, nor a hub model at hand"
+        said = error if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot load the {kind} of {name!r} ({where}): {said}") from error
 
 
 # --- what a model can read -------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ run_log       metrics.jsonl, TensorBoard, trackers; the table and the sentences 
 
 from __future__ import annotations
 
-from selective_pref_adapters.deepspeed_loop.engine import leave_processes
 from selective_pref_adapters.deepspeed_loop.loop import train
 from selective_pref_adapters.deepspeed_loop.state import TrainResult
+from selective_pref_adapters.launching.processes import leave_processes
 from selective_pref_adapters.options import TrainConfig
 
 __all__ = ["TrainConfig", "TrainResult", "leave_processes", "train"]

@@ -30,6 +30,7 @@ from selective_pref_adapters.hf_trainer.checks import (
     models_of,
 )
 from selective_pref_adapters.hf_trainer.loss import DISTANCE, SelectivePreferenceLoss, started_as_policy
+from selective_pref_adapters.launching.processes import leave_at_exit
 from selective_pref_adapters.model_checks import check_padding, check_reloadable, check_trainable
 from selective_pref_adapters.models import running_model, usable_length
 from selective_pref_adapters.monitoring import MOSTLY_TIED, SIGNS, WindowMeans, wrong_signs
@@ -104,6 +105,7 @@ class SelectionCallback(TrainerCallback, ExportableState):
             MissingRowsError: the store lacks rows of the training or evaluation set.
         """
         loss, collator = trainer.compute_loss_func, trainer.data_collator
+        leave_at_exit()
         enable_fsdp(trainer)
         check_trainer(trainer)
         there = [found for found in trainer.callback_handler.callbacks if isinstance(found, SelectionCallback)]

@@ -6,7 +6,6 @@ reference and computes its share of the rows.
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from selective_pref_adapters.launching.processes import meeting
 from selective_pref_adapters.model_checks import check_padding
 from selective_pref_adapters.models import load_config, load_model, load_tokenizer, pad_token_id, usable_length
 from selective_pref_adapters.options import ScoreConfig
@@ -110,6 +110,9 @@ def check_config(config: ScoreConfig) -> None:
             raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
 
 
+MEETING_MINUTES = 30.0
+"""How long processes may take to find one another."""
+
 # --- references ------------------------------------------------------------------------------------------------------
 
 Reference = tuple[ReferenceStore, LogpSource, Any, torch.nn.Module | None]
@@ -174,8 +177,8 @@ def process_rank() -> int:
     The group stays until the process ends, so that a second call in this process finds it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
-        atexit.register(dist.destroy_process_group)
+        with meeting(MEETING_MINUTES, RuntimeError):
+            dist.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take hours longer than another
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+import transformers
 from datasets import Dataset
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from selective_pref import Objective
 from selective_pref_adapters.model_checks import check_padding, check_policy, check_reloadable
@@ -25,29 +27,55 @@ from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
-from selective_pref_adapters.weight_files import check_weight_files
+from selective_pref_adapters.weight_files import Checkpoint, check_room, check_whole, in_parts, is_quantised
 
 logger = logging.getLogger(__name__)
 
 
 def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *, twice: bool) -> None:
-    """Under ZeRO-3: raises ValueError where a model given by its name cannot be loaded in parts, or has no room.
+    """Raises ValueError where a model given by its name lacks a weight; under ZeRO-3 also where it has no room.
 
-    Quantised models, and revisions, are left to transformers.
+    Args:
+        args: the trainer's.
+        policy: a model, its folder or its hub id.
+        ref_model: likewise, or None.
+        twice: whether the policy's weights are loaded a second time, as its own reference.
     """
     options = args.model_init_kwargs or {}
-    named: dict[str, str] = {}
-    for what, model in (("policy", policy), ("reference", ref_model or (policy if twice else None))):
-        if not isinstance(model, str) or options.keys() & {"revision", "quantization_config"}:
+    if options.keys() & _OTHER_FILES:
+        return
+    in_parts_only = is_deepspeed_zero3_enabled() and options.get("quantization_config") is None
+    models: dict[str, Checkpoint] = {}
+    for what, name in (("policy", policy), ("reference", ref_model)):
+        if not isinstance(name, str):
             continue
-        if getattr(model_config(model), "quantization_config", None) is None:
-            named[what] = model
+        found_by = {"trust_remote_code": options.get("trust_remote_code", args.trust_remote_code)}
+        if name == policy and options.get("revision") is not None:
+            found_by["revision"] = options["revision"]
+        kind = _class_of(model_config(name, **found_by))
+        if in_parts_only and not is_quantised(name, **found_by):
+            models[what] = in_parts(name, kind, **found_by)
+        else:
+            check_whole(name, kind, **found_by)
+    if not models:
+        return
+    if twice and ref_model is None:
+        models["reference"] = models["policy"]
     dtype = options.get("dtype", torch.float32)
     if isinstance(dtype, str):  # "auto" takes that of the files
         dtype = getattr(torch, dtype, None)
     settings = args.hf_deepspeed_config
     offloaded = settings is not None and settings.get_value("zero_optimization.offload_param.device") in ("cpu", "nvme")
-    check_weight_files(named, dtype, offloaded=offloaded, shapes=False)
+    check_room(models, dtype, offloaded=offloaded)
+
+
+def _class_of(config: Any) -> Any:
+    """The class by which TRL loads a model; None for a causal language model of a code of its own."""
+    return getattr(transformers, (config.architectures or [""])[0], None)
+
+
+_OTHER_FILES = {"subfolder", "variant", "gguf_file", "state_dict", "use_safetensors"}
+"""Options of `from_pretrained` by which it reads other files than those that are looked at."""
 
 
 def check_arguments(args: Any, objective: Objective | None, datasets: list[Any]) -> None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from trl import (
     get_quantization_config,
 )
 
+from selective_pref_adapters.launching.processes import meeting, place_alone
 from selective_pref_adapters.launching.together import own_folder
 from selective_pref_adapters.pairs import SKIP, PreferenceRow, RowError, parse_columns, scan_rows
 from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, raw_rows, splits_of
@@ -69,13 +71,21 @@ def main(arguments: Sequence[str]) -> None:
         "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
     words = with_config_file(parser, arguments)
-    for flag, module in (("--deepspeed", "deepspeed"), ("--use_peft", "peft")):
-        if flag in words and importlib.util.find_spec(module) is None:
+    engine = _value_of("deepspeed", words, parser)
+    for flag, asked, module in (
+        ("--deepspeed", engine is not None, "deepspeed"),
+        ("--use_peft", "--use_peft" in words, "peft"),
+    ):
+        if asked and importlib.util.find_spec(module) is None:
             raise ValueError(f"{flag} needs {module}, which is not installed: pip install 'selective-pref[{module}]'")
+    if engine is not None and not engine.lstrip().startswith("{") and not Path(engine).is_file():
+        raise ValueError(f"--deepspeed {engine}: there is no such file. Give one of DeepSpeed's settings, in JSON")
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its configuration asks for DeepSpeed
-    if ("--deepspeed" in words or by_accelerate) and not torch.cuda.is_available():
-        start_deepspeed_on_cpu()
-    script, args, model, mixture = parser.parse_args_and_config(args=words)
+    minutes = float(_value_of("ddp_timeout", words, parser) or 1800) / 60
+    with meeting(minutes):
+        if engine is not None or by_accelerate:
+            start_deepspeed(minutes)
+        script, args, model, mixture = parser.parse_args_and_config(args=words)
     if not model.model_name_or_path:
         raise ValueError("no policy: give --model_name_or_path FOLDER_OR_HUB_ID")
     args.model_init_kwargs = {
@@ -144,18 +154,39 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
             place = f"{path}: {name}"
             settings[name] = bare_word(place, value, choices=option.choices or (), default=option.default)
     beside = path.parent / str(settings.get("deepspeed"))
-    if "--deepspeed" not in words and beside.is_file() and beside.suffix == ".json":
+    if (
+        not any(word.partition("=")[0] == "--deepspeed" for word in words)
+        and beside.is_file()
+        and beside.suffix == ".json"
+    ):
         words += ["--deepspeed", str(beside)]
     parser.set_defaults_with_config(**settings)
     return words
 
 
-def start_deepspeed_on_cpu() -> None:
-    """Joins the processes of `torchrun` over gloo; DeepSpeed would compile an all-reduce of its own for a minute."""
+def _value_of(option: str, words: Sequence[str], parser: TrlParser) -> str | None:
+    """What an option is set to, by a flag or a YAML file; None where it is not, or is no number or text."""
+    value = parser.get_default(option)
+    for index, word in enumerate(words):
+        name, given, after = word.partition("=")
+        if name == f"--{option}":
+            value = after if given else next(iter(words[index + 1 :]), None)
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+def start_deepspeed(minutes: float) -> None:
+    """Makes a place for a process that is alone; on CPUs joins the processes of `torchrun` over gloo.
+
+    DeepSpeed would look for MPI, and compile an all-reduce of its own for a minute.
+    """
+    place_alone()
+    if torch.cuda.is_available():
+        return
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
+    with meeting(minutes, RuntimeError):
+        deepspeed.init_distributed("gloo", verbose=False, timeout=timedelta(minutes=minutes))
 
 
 def rows_on_disk(source: str, columns: str | None, skip_malformed: bool) -> tuple[Dataset, list[str]]:

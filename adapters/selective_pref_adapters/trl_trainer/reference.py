@@ -101,7 +101,7 @@ class TrainerReference:
         # FSDP2 shards the policy only when training begins, and ZeRO-3 lets no second engine gather its weights.
         if zero_3 := is_deepspeed_zero3_enabled():
             give_freed_memory_back()
-            check_named_models(args, policy, ref_model, twice=needed and not adapter and not self.stored)
+        check_named_models(args, policy, ref_model, twice=needed and not adapter and not self.stored)
         copies = not self.stored or ((self._fsdp or zero_3) and self._fills)
         if zero_3 and self._fills and adapter and ref_model is None:
             raise ValueError(

@@ -24,6 +24,7 @@ from selective_pref import NonFiniteError, Objective, PreferenceLoss
 from selective_pref.fused import LogitStatistics
 from selective_pref_adapters.batch import SCORING_REF_LOGPS, Batch
 from selective_pref_adapters.heads import install_fused_head, model_logps_and_statistics
+from selective_pref_adapters.launching.processes import leave_at_exit
 from selective_pref_adapters.model_checks import check_reloadable, check_trainable
 from selective_pref_adapters.model_inputs import check_stored_inputs, inputs_of
 from selective_pref_adapters.models import switch_off_dropout, usable_length
@@ -175,6 +176,7 @@ class SelectiveDPOTrainer(DPOTrainer):
         selects = selects_by_alignment(args, objective) and args.scoring_reference_store is None
         if selects and self.reference.is_initial_policy() and self.accelerator.is_main_process:
             logger.warning("%s", SELF_REFERENCE)
+        leave_at_exit()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `DPOTrainer.train`.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.integrations import deepspeed as integration
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
-from selective_pref_adapters.models import model_config
+from selective_pref_adapters.models import model_config, whole_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +35,28 @@ class Checkpoint:
     """Name of each tensor → its file."""
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of transformers' `from_pretrained`, with which it was found: `revision`, `trust_remote_code`."""
+
     @classmethod
-    def open(cls, name: str) -> Checkpoint:
+    def open(cls, name: str, **options: Any) -> Checkpoint:
         """The checkpoint of a folder or hub id.
 
+        Args:
+            name: the folder or hub id.
+            options: `revision` and `trust_remote_code`, as `from_pretrained` takes them.
+
         Raises:
-            ValueError: it holds no safetensors, a file is missing or damaged, or its weights are quantised.
+            ValueError: it holds no safetensors, or a file is missing or damaged.
         """
-        config = model_config(name)
-        if getattr(config, "quantization_config", None) is not None:
+        config = model_config(name, **options)
+        paths = safetensors_files(name, revision=options.get("revision"))
+        if not paths:
             raise ValueError(
-                f"the weights of {name} are quantised, and ZeRO-3 cannot cut those: use zero_stage 2 or below, or a "
-                "checkpoint that is not quantised"
+                f"{name} cannot be loaded in parts: expected {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the "
+                "files that it names. Other formats are read whole into the memory of a process. Convert it once: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), tokenizer beside it"
             )
-        paths = _safetensors(name)
         files: dict[str, str] = {}
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for path in paths:
@@ -58,25 +68,31 @@ class Checkpoint:
                         shapes[key] = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
             except (SafetensorError, OSError, KeyError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from error
-        return cls(name=name, config=config, files=files, shapes=shapes)
+        return cls(name=name, config=config, files=files, shapes=shapes, options=options)
 
-    def shell(self) -> tuple[Any, Any]:
-        """(the class of the model, its configuration), once its shapes have been compared with those in the files.
+    def check(self, kind: Any = None) -> tuple[Any, Any]:
+        """(the class of the model, its configuration), once every weight of it was found in the files; none is read.
+
+        Args:
+            kind: a class of transformers with `from_pretrained`; None for the causal language model of the
+                configuration.
 
         Raises:
-            ValueError: a weight in the files has another shape than the configuration gives it.
+            ValueError: a weight is absent from the files, or has another shape there than by the configuration.
         """
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(self.config)
-        prefix = f"{shell.base_model_prefix}."
-        for key, expected in shell.state_dict().items():
-            found = self.shapes.get(key, self.shapes.get(key.removeprefix(prefix)))
-            if found is not None and found[0] != tuple(expected.shape):
-                raise ValueError(
-                    f"{self.name}: {key} has the shape {found[0]} in the files and {tuple(expected.shape)} by "
-                    "config.json: the two do not belong together"
-                )
-        return type(shell), shell.config
+        if kind is None:
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(self.config, **self._trusted()))
+        with apart_from_training():
+            try:
+                options = {"config": self.config, "device_map": "meta", **self._trusted()}
+                model = whole_model(kind, None, state_dict=self.tensors(values=False), **options)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
+        return type(model), model.config
+
+    def _trusted(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name == "trust_remote_code"}
 
     def size(self, dtype: torch.dtype | None) -> int:
         """Bytes of all weights in a dtype; None for the one that each has in its file."""
@@ -136,27 +152,45 @@ class Unread(Tensor):
         return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
 
 
-def _safetensors(name: str) -> list[str]:
-    """The safetensors files of a checkpoint.
+def safetensors_files(name: str, *, revision: str | None = None) -> list[str]:
+    """The safetensors files of a checkpoint; none where it has another format.
 
     Raises:
-        ValueError: there are none, or one that the index names is missing.
+        ValueError: the index is damaged, or names a file that is missing.
     """
 
     def found(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
     if (whole := found(SAFE_WEIGHTS_NAME)) is not None:
         return [whole]
     index = found(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
+        return []
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{name} cannot be loaded in parts: expected {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the "
-            "files that it names. Other formats are read whole into the memory of a process. Convert it once: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), tokenizer beside it"
-        )
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            f'{index} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
+        ) from error
     paths = {file: found(file) for file in names}
     if missing := [file for file, path in paths.items() if path is None]:
         raise ValueError(f"{name}: {SAFE_WEIGHTS_INDEX_NAME} names files that are not there: {', '.join(missing)}")
     return [path for path in paths.values() if path is not None]
+
+
+@contextmanager
+def apart_from_training() -> Iterator[None]:
+    """Inside, transformers makes models as if there were no ZeRO-3, and says nothing of it."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    zero_3 = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = zero_3
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -18,13 +18,12 @@ from selective_pref_adapters.deepspeed_loop.engine.engine import (
 )
 from selective_pref_adapters.deepspeed_loop.engine.loading import check_models, load
 from selective_pref_adapters.deepspeed_loop.engine.lora import with_adapters
-from selective_pref_adapters.deepspeed_loop.engine.processes import leave_processes, start_processes
+from selective_pref_adapters.deepspeed_loop.engine.processes import start_processes
 from selective_pref_adapters.deepspeed_loop.engine.saving import save_model
 
 __all__ = [
     "check_models",
     "further_settings",
-    "leave_processes",
     "load",
     "load_engine",
     "save_model",

@@ -50,13 +50,13 @@ def born_sharded(config: TrainConfig) -> Iterator[None]:
 
 def _from_parts(config: TrainConfig, name: str, *, dtype: torch.dtype) -> nn.Module:
     checkpoint = Checkpoint.open(name)
-    kind, settings = checkpoint.shell()
+    kind, settings = checkpoint.check()
     tensors = checkpoint.tensors(values=dist.get_rank() == 0)
     failure, model = None, None
     try:
         with born_sharded(config):
             model = kind.from_pretrained(None, config=settings, state_dict=tensors, dtype=dtype)
-    except (RuntimeError, ValueError, OSError) as error:  # of the first process, which alone reads values
+    except Exception as error:  # of the first process, which alone reads values; the others must hear of it
         failure = error
     if anywhere(failure is not None, torch.device(deepspeed.get_accelerator().current_device_name())) or model is None:
         raise ValueError(f"{failure or 'see the message of the first process'}")

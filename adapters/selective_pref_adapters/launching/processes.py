@@ -1,0 +1,97 @@
+"""The processes of a run meet, each within a limit of time, and part at the end.
+
+In: the place of this process in the environment (see `launcher`). Out: torch's process group is there, or an error that
+says where the others were looked for; at the end of the program it is left before the interpreter goes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""The place of a process that no launcher has started."""
+SLACK = 20.0
+"""Seconds that torch has to say by itself that the limit has passed."""
+
+
+def place_alone(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Gives this process a place where no launcher did: DeepSpeed would look for MPI else."""
+    for name, value in ALONE.items():
+        environ.setdefault(name, value)
+
+
+@contextmanager
+def meeting(minutes: float, *errors: type[Exception]) -> Iterator[None]:
+    """Inside, the processes of a run find one another, and a group that was made is left at the end of the program.
+
+    torch's own limit does not hold where something else listens at the address of the first process, and never
+    answers. This process then ends with the message and exit status 1.
+
+    Args:
+        minutes: how long they may take.
+        errors: what means that they have not, besides torch's own errors of processes.
+
+    Raises:
+        OSError: they did not find one another.
+    """
+    patience = threading.Timer(60 * minutes + SLACK, _end, [minutes])
+    patience.daemon = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        patience.start()
+    try:
+        yield
+    except (dist.DistError, *errors) as error:
+        raise OSError(f"{_apart(minutes)}. {str(error).splitlines()[0]}") from error
+    finally:
+        patience.cancel()
+    leave_at_exit()
+
+
+def _apart(minutes: float) -> str:
+    rank, _, size, address, port = (os.environ.get(name, value) for name, value in ALONE.items())
+    return (
+        f"process {rank} of {size}, on {socket.gethostname()}, found not all of the others at {address}:{port} within "
+        f"{minutes:g} minutes: see whether all were started, with the same address and port, whether something else "
+        "listens there, and whether the hosts reach one another (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
+        "network interface)"
+    )
+
+
+def _end(minutes: float) -> None:
+    """Ends the process from another thread, since its own is inside torch."""
+    print(f"selective-pref: {_apart(minutes)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def leave_at_exit() -> None:
+    """Has a group of CPU processes (gloo) left when the program ends, well or not.
+
+    Its threads would else still run while the interpreter goes, which sometimes aborts the process after everything was
+    done: "terminate called without an active exception".
+    """
+    atexit.unregister(_leave_gloo)
+    atexit.register(_leave_gloo)
+
+
+def _leave_gloo() -> None:
+    if dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend()):
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group()
+
+
+def leave_processes() -> None:
+    """Leaves the process group, if there are several processes; for the end of a program that went well.
+
+    No other run can follow in it. It waits for the others: what they still exchange must not break off.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
