@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from selective_pref_adapters.launching.launcher import check_address, join_launcher
 from selective_pref_adapters.recipes import bare_word, config_file, recipe_names
@@ -60,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = left.get(command, "no model was saved, logs stay where they are")
         print(f"selective-pref {command}: interrupted; {said}", file=sys.stderr)
         return 130
+
+
+def program() -> NoReturn:
+    """`main`, as a program of its own."""
+    status = main()
+    if "torch.distributed" not in sys.modules:
+        sys.exit(status)
+    from selective_pref_adapters.launching.processes import end_program
+
+    end_program(status)
 
 
 def _extra_of(command: str, error: ModuleNotFoundError) -> str:
@@ -338,4 +348,4 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

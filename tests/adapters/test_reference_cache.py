@@ -273,7 +273,10 @@ def test_spaces_are_found_by_name_and_label(tmp_path: Path) -> None:
         assert ReferenceStore.open(tmp_path, name).space == Space(identity=two.space.identity, label="two")
     assert ReferenceStore.open(two.folder).space.label == "two"
     for name, wanted in (
-        (None, "Give the name of one as space (they differ in weights)"),
+        (
+            None,
+            "Name one of them (space=, --reference-space; of `selective-pref score` --space) (they differ in weights)",
+        ),
         ("three", "None of them alone fits 'three'"),
     ):
         with pytest.raises(StoreError) as caught:

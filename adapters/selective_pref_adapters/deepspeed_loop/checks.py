@@ -164,7 +164,7 @@ def usable_folder(config: TrainConfig) -> Path:
             raise ValueError(
                 f"output_dir {folder} is not empty: choose another, or move it away (nothing is overwritten)"
             )
-        if config.resume is None:
+        if config.resume is None and not _holds_no_step(folder):
             raise ValueError(f"output_dir {folder} is not empty: it holds a run. Choose another, or --resume auto")
     try:
         with tempfile.TemporaryFile(dir=existing(folder)) as probe:
@@ -172,6 +172,13 @@ def usable_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {folder} cannot be written to: {error}") from error
     return folder
+
+
+def _holds_no_step(folder: Path) -> bool:
+    """Whether a run ended before it had anything to write, as at an evaluation before the first step that failed."""
+    log = folder / "metrics.jsonl"
+    empty = log.is_file() and not log.stat().st_size
+    return empty and not (folder / "summary.json").exists() and not any((folder / "checkpoints").glob("*"))
 
 
 def options_of_all(config: TrainConfig) -> dict[str, object]:

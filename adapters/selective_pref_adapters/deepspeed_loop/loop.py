@@ -172,7 +172,8 @@ def run_in(output_dir: Path, config: TrainConfig, rank: int, world_size: int) ->
         console.print(f"this run is finished, so nothing was done: {output_dir}", soft_wrap=True)
         return finished
 
-    fill_stores(config, tokenizer, opened, [train_pairs, eval_pairs], progress=rank == 0)
+    tables = [train_pairs, eval_pairs]
+    fill_stores(config, tokenizer, opened, tables, max_length=max_length, progress=rank == 0)
     engine, scheduler = start_engine(config, policy, steps, per_step)
     for source in sources.values():
         if isinstance(source, AdapterOffReference):

@@ -92,7 +92,13 @@ def own_start_note(config: TrainConfig, opened: Mapping[str, Opened], policy: nn
 
 
 def fill_stores(
-    config: TrainConfig, tokenizer: Any, opened: Mapping[str, Opened], tables: Sequence[PairTable], *, progress: bool
+    config: TrainConfig,
+    tokenizer: Any,
+    opened: Mapping[str, Opened],
+    tables: Sequence[PairTable],
+    *,
+    max_length: int,
+    progress: bool,
 ) -> None:
     """Has the models that were opened with a store compute the rows that it lacks, and lets go of them."""
     for one in opened.values():
@@ -105,6 +111,7 @@ def fill_stores(
             pad_token_id=pad_token_id(tokenizer),
             progress=progress,
             engine=partial(start_frozen_engine, config, one.model, torch.device("cpu")),
+            cut=(max_length, config.truncation_mode),
         )
         one.model = None
         gc.collect()

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -85,6 +86,20 @@ def _leave_gloo() -> None:
     if dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend()):
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
+
+
+def end_program(status: int) -> NoReturn:
+    """Ends the program with an exit status; one of several processes without the interpreter's own clean-up.
+
+    What was registered with `atexit` is done, and what was printed is written. Threads of torch and gloo that still run
+    while the interpreter goes would sometimes abort the process, after all was saved.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def leave_processes() -> None:

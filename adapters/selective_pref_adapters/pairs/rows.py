@@ -76,7 +76,8 @@ def checked_weight(value: Any, place: str) -> float:
         RowError: it is no finite number, or negative.
     """
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)
+        no_number = isinstance(value, bool) or "_" in str(value)  # Python reads "1_0" as 10
+        weight = math.nan if no_number else float(value)
     except (TypeError, ValueError):
         weight = math.nan
     if not 0 <= weight < math.inf:

@@ -29,7 +29,8 @@ from selective_pref_adapters.pairs import TokenizedPair
 from selective_pref_adapters.reference_store.identity import model_identity
 from selective_pref_adapters.reference_store.local import BATCH_TOKENS, check_readable, local_logps, most_of_all
 from selective_pref_adapters.reference_store.rows import WINDOW, LogpSource, Row, RowLogps, Rows, as_rows, rows_of_pairs
-from selective_pref_adapters.reference_store.shards import StoreError, StoreWriteError
+from selective_pref_adapters.reference_store.shards import StoreError, StoreWriteError, writing
+from selective_pref_adapters.reference_store.spaces import note_filling
 from selective_pref_adapters.reference_store.store import ReferenceStore
 from selective_pref_adapters.reference_store.writer import FLUSH_SECONDS
 from selective_pref_adapters.sharded import is_sharded
@@ -83,6 +84,7 @@ def fill_store(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
     engine: Callable[[], Any] | None = None,
+    cut: tuple[int, str] | None = None,
 ) -> FillReport:
     """Computes the log-probs of those rows of `pairs` that the store lacks, and stores them; the others cost nothing.
 
@@ -104,6 +106,7 @@ def fill_store(
         batch_tokens: token positions of one batch on a GPU, padding included.
         progress: show a bar with an estimate of the time left.
         engine: gives what is called in place of the model, where an engine wraps it; asked only if rows are lacking.
+        cut: max_length and truncation_mode of the pairs, which a later error about a lacking row can say then.
 
     Raises:
         StoreError: the model is not the one that the store's space names, or cannot read a row.
@@ -120,7 +123,11 @@ def fill_store(
         running = None if engine is None else engine()
         yield from local_logps(rows, model, pad_token_id=pad_token_id, batch_tokens=batch_tokens, running=running)
 
-    return fill_rows(store, wanted, logps, progress=progress, together=together)
+    report = fill_rows(store, wanted, logps, progress=progress, together=together)
+    if cut is not None and report.computed and not (dist.is_initialized() and dist.get_rank()):
+        with writing(store.folder):
+            note_filling(store.folder, *cut)
+    return report
 
 
 def fill_rows(

@@ -118,7 +118,8 @@ class ReferenceStore:
         listed += "".join(f"\n  {name}: {reason}" for name, reason in unusable.items())
         if not listed:
             raise StoreError(f"the reference store {path} is empty.{FILL}")
-        wanted = "Give the name of one as space" if space is None else f"None of them alone fits {space!r}"
+        wanted = "Name one of them (" if space is None else f"None of them alone fits {space!r} ("
+        wanted += "space=, --reference-space; of `selective-pref score` --space)"
         if differ := _differences(fits):
             wanted += f" (they differ in {differ})"
         raise StoreError(f"the reference store {path} holds{listed}\n{wanted}")

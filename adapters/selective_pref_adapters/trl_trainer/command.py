@@ -94,6 +94,8 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    if (settings := args.hf_deepspeed_config) is not None and settings.is_zero3():
+        settings.config["zero_optimization"].setdefault(GATHER, True)
     with own_folder(Path(str(args.output_dir)), {}):
         trainer = _trained(script, args, model, mixture)
     if args.push_to_hub:
@@ -119,8 +121,22 @@ def _trained(
         trainer.model._ddp_params_and_buffers_to_ignore = masks
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"model saved to {args.output_dir}")
+    trainer.accelerator.print(_saved(Path(str(args.output_dir))))
     return trainer
+
+
+def _saved(folder: Path) -> str:
+    """What to say at the end; ZeRO-3 writes its parts alone where its settings ask for no whole model."""
+    if any(folder.glob("*.safetensors")) or not (folder / "zero_to_fp32.py").is_file():
+        return f"model saved to {folder}"
+    return (
+        f"DeepSpeed's parts of the model saved to {folder}: no program loads them as they are. Join them: "
+        f'python {folder / "zero_to_fp32.py"} {folder} {folder}; or leave "{GATHER}": false out of the settings'
+    )
+
+
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+"""DeepSpeed's setting by which ZeRO-3 writes a whole model, layer by layer in the first process; here it is on."""
 
 
 def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
@@ -203,7 +219,8 @@ def rows_on_disk(source: str, columns: str | None, skip_malformed: bool) -> tupl
     notes: list[str] = []
     about: list[str] = []
     with closing(raw_rows(source, notes)) as raw:
-        next(raw, None)  # which says what is read of a folder
+        if next(raw, None) is None:  # which also says what is read of a folder
+            raise ValueError(f"{source} holds no rows")
     how = {"source": source, "columns": columns, "skip": skip_malformed}
     what = {"content": content_of(source), "reader": code_digest()}
     try:

@@ -248,6 +248,7 @@ class TrainerReference:
             batch_tokens=2 * batch_size * args.max_length,
             progress=not args.disable_tqdm,
             engine=partial(self._sharded_engine, model) if is_sharded(model) and trainer.is_deepspeed_enabled else None,
+            cut=(args.max_length, args.truncation_mode),
         )
         return store
 
