@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,3 +226,108 @@ def test_all_processes_refuse_what_one_of_them_cannot_do(case: str, message: str
     assert message in seen[1][case]
     kind = "OSError" if case == "used" else "ValueError"
     assert [one[case].partition(":")[0] for one in seen] == [kind, kind]
+
+
+# --- meeting and parting ---------------------------------------------------------------------------------------------
+
+
+def run_program(text: str, tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(text))
+    return subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_service_that_never_answers_does_not_hold_a_process_for_ever(tmp_path: Path) -> None:
+    """torch connects to whatever listens at the address of the first process, and waits without a limit."""
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        port = foreign.getsockname()[1]
+        ended = run_program(
+            """
+            from datetime import timedelta
+            import torch.distributed as dist
+            from selective_pref_adapters.launching import processes
+            processes.SLACK = 1.0
+            with processes.meeting(0.02, RuntimeError):
+                dist.init_process_group("gloo", timeout=timedelta(seconds=1.2))
+            """,
+            tmp_path,
+            **place(1, 2, 1, MASTER_PORT=str(port)),
+        )
+    assert ended.returncode == 1
+    expected = f"process 1 of 2, on {socket.gethostname()}, found not all of the others at 127.0.0.1:{port} within 0.02"
+    assert expected in ended.stderr
+    assert "whether something else listens there" in ended.stderr
+
+
+def test_the_limit_is_one_of_meeting_and_not_of_what_follows(tmp_path: Path) -> None:
+    """Also of a process that is alone, whose place DeepSpeed would ask MPI for."""
+    ended = run_program(
+        """
+        import time
+        import torch.distributed as dist
+        from selective_pref_adapters.launching import processes
+        processes.SLACK = 0.0
+        processes.place_alone()
+        with processes.meeting(0.02):
+            dist.init_process_group("gloo")
+        time.sleep(2)
+        print(dist.get_rank(), dist.get_world_size())
+        """,
+        tmp_path,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "0 1\n"), ended.stderr
+
+
+def test_a_group_is_left_before_the_interpreter_goes(tmp_path: Path) -> None:
+    """Also after an error: what was registered first runs last, and finds no group."""
+    for end, status in (("", 0), ("raise ValueError('no')", 1)):
+        ended = run_program(
+            f"""
+            import atexit
+            import torch.distributed as dist
+            from selective_pref_adapters.launching.processes import meeting, place_alone
+            atexit.register(lambda: print("group:", dist.is_initialized()))
+            place_alone()
+            for _ in range(2):  # once is enough
+                with meeting(1.0):
+                    if not dist.is_initialized():
+                        dist.init_process_group("gloo")
+            print("group:", dist.is_initialized())
+            {end}
+            """,
+            tmp_path,
+        )
+        assert (ended.returncode, ended.stdout) == (status, "group: True\ngroup: False\n"), ended.stderr
+
+
+@pytest.mark.parametrize(("size", "cleaned"), [("1", True), ("2", False)])
+def test_one_of_several_processes_ends_without_the_interpreters_clean_up(
+    size: str, cleaned: bool, tmp_path: Path
+) -> None:
+    """What was registered is done, what was printed is written, and the status is right."""
+    ended = run_program(
+        """
+        import atexit
+        from selective_pref_adapters.launching.processes import end_program
+
+        class Kept:
+            def __del__(self):
+                print("cleaned up")
+
+        kept = Kept()
+        atexit.register(print, "at exit")
+        print("printed")
+        end_program(3)
+        """,
+        tmp_path,
+        WORLD_SIZE=size,
+    )
+    expected = "printed\nat exit\n" + "cleaned up\n" * cleaned
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, expected, "")

@@ -76,7 +76,7 @@ def test_rows_have_weights_under_any_name(tmp_path: Path, tokenizer: Any) -> Non
     assert preference_row({**rows[0], "weight": "heavy"}, "here", without).weight is None
 
 
-@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, "heavy", True, [1.0]])
+@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, "heavy", "1_0", True, [1.0]])
 def test_a_weight_that_is_none(weight: Any) -> None:
     with pytest.raises(RowError, match=r"here: 'weight', .* must be a finite number, at least 0; got .*weight=none"):
         preference_row({**text_rows(1)[0], "weight": weight}, "here")

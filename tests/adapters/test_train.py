@@ -260,6 +260,13 @@ def assert_same_metrics(ours: list[dict[str, float]], theirs: list[dict[str, flo
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+def test_a_store_that_training_fills_knows_at_which_length_rows_were_cut(configure: Configure, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    train(configure(reference_store=store, max_length=20, max_steps=1))
+    with pytest.raises(ValueError, match=r"The store was filled with max_length 20 \(keep_start\)\."):
+        train(configure(ref_model=None, reference_store=store, max_length=9, output_dir=str(tmp_path / "shorter")))
+
+
 def test_two_references_one_to_score_and_one_to_anchor(
     configure: Configure, tmp_path: Path, policy_folder: Path, reference_folder: Path, pairs_file: Path
 ) -> None:
@@ -279,7 +286,7 @@ def test_two_references_one_to_score_and_one_to_anchor(
     assert online.summary["before"]["eval_rewards/margins"] == 0  # of the reference
     assert online.summary["before"]["eval_selection/tied_fraction"] < 0.5  # of the scoring reference
     assert not any("equals the initial policy" in note for note in online.summary["notes"])
-    with pytest.raises(ValueError, match="Give the name of one"):
+    with pytest.raises(ValueError, match="Name one of them"):
         train(configure(**{**stores, "reference_space": None, "output_dir": str(tmp_path / "third")}))
     swapped = {"reference_space": reference_folder.name, "scoring_reference_space": policy_folder.name}
     config = configure(**{**stores, **swapped, "output_dir": str(tmp_path / "swapped"), "max_steps": 1})
@@ -410,6 +417,8 @@ def test_a_number_that_is_not_finite_in_an_evaluation(configure: Configure, tmp_
         "max_steps": 2,
     }
     with pytest.raises(NonFiniteError, match=r"evaluation after step 0: .*ref_per_token_logps.*held_out\.jsonl:6"):
+        train(configure(**options))
+    with pytest.raises(NonFiniteError, match="evaluation after step 0"):  # it came to nothing, and is in nobody's way
         train(configure(**options))
     result = train(configure(**options, non_finite="skip", output_dir=str(tmp_path / "skipped")))
 

@@ -712,8 +712,9 @@ def test_the_default_length_is_what_all_models_can_read(make: Make, tmp_path: Pa
 def test_rows_that_were_scored_at_another_length_name_it(make: Make, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     make(reference_store=store)
-    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; fill the store with the same"):
+    with pytest.raises(MissingRowsError, match=r"cut to max_length 7 here; fill the store with the same") as caught:
         make(reference_store=store, ref_model=None, max_length=7)
+    assert "The store was filled with max_length 64 (keep_start)." in str(caught.value)
 
 
 def test_what_would_learn_nothing_is_refused_before_the_first_step(make: Make, policy_folder: Path) -> None:

@@ -64,7 +64,7 @@ def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *,
     dtype = options.get("dtype", torch.float32)
     if isinstance(dtype, str):  # "auto" takes that of the files
         dtype = getattr(torch, dtype, None)
-    settings = args.hf_deepspeed_config
+    settings = getattr(args, "hf_deepspeed_config", None)  # none without DeepSpeed
     offloaded = settings is not None and settings.get_value("zero_optimization.offload_param.device") in ("cpu", "nvme")
     check_room(models, dtype, offloaded=offloaded)
 

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    if (settings := args.hf_deepspeed_config) is not None and settings.is_zero3():
+    if (settings := getattr(args, "hf_deepspeed_config", None)) is not None and settings.is_zero3():
         settings.config["zero_optimization"].setdefault(GATHER, True)
     with own_folder(Path(str(args.output_dir)), {}):
         trainer = _trained(script, args, model, mixture)
