@@ -1,11 +1,11 @@
-"""What `selective-pref plan` computes, beside what one GPU holds: the loop in bfloat16, ZeRO 0 to 3.
+"""What `selective-pref plan` computes, beside what one GPU holds: bfloat16, ZeRO 0 to 3 with offload, and FSDP2.
 
-    python tests/gpu/plan_gpu.py [--tiny]
+    python tests/gpu/plan_gpu.py [--tiny] [--only CASE ...]
 
-The policy is a Llama of 374 M parameters, a running reference one of 528 M, both with random weights; a step has two
-pairs, of which every sequence fills the maximum length. Each case is a process of its own. What is shown are
-bytes that PyTorch's allocator gave out: between two steps, and the most during the third. `--tiny` runs the same on a
-CPU, where nothing is measured.
+ZeRO is the loop's; FSDP2 is the Trainer's, with float32 weights and bf16 autocast. The policy is a Llama of 374 M
+parameters, a running reference in bfloat16 one of 528 M, both with random weights; a step has two pairs, of which every
+sequence fills the maximum length. Each case is a process of its own. What is shown are bytes that PyTorch's allocator
+gave out: between two steps, and the most during the third. `--tiny` runs the same on a CPU, where nothing is measured.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 MIB = 2**20
 LASTING = ("policy: weights", "policy: gradients", "policy: optimizer", "reference: weights")
-CASES = [(0, False), (1, False), (2, False), (3, False), (3, True)]  # stage of ZeRO, gradient checkpointing
+OFFLOAD = ("offload_optimizer", "offload_parameters")
+CASES: dict[str, dict[str, Any]] = {
+    "ZeRO-0": {"zero_stage": 0},
+    "ZeRO-1": {"zero_stage": 1},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+    "ZeRO-3, checkpointing": {"zero_stage": 3, "gradient_checkpointing": True},
+    "ZeRO-2, optimizer offloaded": {"zero_stage": 2, OFFLOAD[0]: True},
+    "ZeRO-3, optimizer offloaded": {"zero_stage": 3, OFFLOAD[0]: True},
+    "ZeRO-3, both offloaded": {"zero_stage": 3, **dict.fromkeys(OFFLOAD, True)},
+    "FSDP2": {"zero_stage": 3},
+    "FSDP2, checkpointing": {"zero_stage": 3, "gradient_checkpointing": True},
+}
 PAIRS = 2
 
 
@@ -52,22 +65,35 @@ def prepare(folder: Path, tiny: bool) -> None:
     write_jsonl(folder / "pairs.jsonl", rows)
 
 
-def measured(folder: Path, stage: int, checkpointing: bool, length: int) -> dict[str, int]:
+def measured(folder: Path, case: str, length: int) -> dict[str, int]:
     """Of this process: bytes that are allocated before the third step, the most during it, and host memory."""
     import torch
 
+    seen = {"between": 0, "peak": 0}
+
+    def begin() -> None:
+        if torch.cuda.is_available():
+            seen["between"] = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+    def end() -> None:
+        if torch.cuda.is_available():
+            seen["peak"] = torch.cuda.max_memory_allocated()
+
+    (run_trainer if case.startswith("FSDP2") else run_loop)(folder, case, length, begin, end)
+    return {**seen, "host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def run_loop(folder: Path, case: str, length: int, begin: Callable[[], None], end: Callable[[], None]) -> None:
     from selective_pref_adapters.deepspeed_loop import loop
     from selective_pref_adapters.options import TrainConfig
 
-    step, seen = loop.training_step, {"between": 0, "peak": 0}
+    step = loop.training_step
 
     def followed(*arguments: Any) -> Any:
-        if not torch.cuda.is_available():
-            return step(*arguments)
-        seen["between"] = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        begin()
         result = step(*arguments)
-        seen["peak"] = torch.cuda.max_memory_allocated()
+        end()
         return result
 
     loop.training_step = followed
@@ -76,27 +102,69 @@ def measured(folder: Path, stage: int, checkpointing: bool, length: int) -> dict
             model=str(folder / "policy"),
             ref_model=str(folder / "reference"),
             pairs=str(folder / "pairs.jsonl"),
-            output_dir=str(folder / f"run-{stage}-{checkpointing}"),
+            output_dir=str(folder / f"run {case}"),
             max_length=length,
             batch_size=PAIRS,
             max_steps=3,
             eval_fraction=0,
             dtype="bfloat16",
-            zero_stage=stage,
-            gradient_checkpointing=checkpointing,
             share_prefix="off",
+            **{"gradient_checkpointing": False, **CASES[case]},
         )
     )
-    return {**seen, "host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-def planned(folder: Path, stage: int, checkpointing: bool, length: int) -> dict[str, int]:
+def run_trainer(folder: Path, case: str, length: int, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    from selective_pref_adapters.hf_trainer import PreferenceCollator, SelectionCallback, SelectivePreferenceLoss
+    from selective_pref_adapters.pairs import read_rows, tokenize_pairs
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            end()
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    pairs, _ = tokenize_pairs(read_rows(folder / "pairs.jsonl"), tokenizer, max_length=length)
+    gpu = torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(folder / f"run {case}"),
+        remove_unused_columns=False,
+        use_cpu=not gpu,
+        bf16=gpu,
+        gradient_checkpointing=CASES[case].get("gradient_checkpointing", False),
+        per_device_train_batch_size=PAIRS,
+        max_steps=3,
+        save_strategy="no",
+        report_to=[],
+        fsdp=True,
+        fsdp_config={"version": 2},
+    )
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.bfloat16)
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32),
+        args=args,
+        train_dataset=pairs,
+        data_collator=PreferenceCollator(tokenizer, share_prefix="off"),
+        compute_loss_func=SelectivePreferenceLoss(ref_model=reference),
+        callbacks=[Steps()],
+    )
+    SelectionCallback().attach(trainer)
+    trainer.train()
+
+
+def planned(folder: Path, case: str, length: int) -> dict[str, int]:
     from selective_pref_adapters.cli import main
 
     flags = ["--model", f"{folder / 'policy'}", "--ref-model", f"{folder / 'reference'}", "--devices", "1", "--json"]
-    flags += ["--dtype", "bfloat16", "--zero-stage", str(stage), "--max-length", str(length)]
-    flags += ["--batch-size", str(PAIRS)]
-    flags += ["--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"]
+    flags += ["--dtype", "bfloat16", "--max-length", str(length), "--batch-size", str(PAIRS)]
+    asked = {"gradient_checkpointing": False, **CASES[case]}
+    flags += ["--zero-stage", str(asked.pop("zero_stage"))]
+    flags += [f"--{'' if on else 'no-'}{name.replace('_', '-')}" for name, on in asked.items()]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(["plan", *flags])
     return json.loads(printed.getvalue())["ways"]["running"]["device"]
@@ -105,37 +173,39 @@ def planned(folder: Path, stage: int, checkpointing: bool, length: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     length = 64 if options.tiny else 1024
     if options.run:
-        folder, stage, checkpointing = options.run
-        print(json.dumps(measured(Path(folder), int(stage), checkpointing == "True", length)))
+        folder, case = options.run
+        print(json.dumps(measured(Path(folder), case, length)))
         return
-    print(
-        "| ZeRO | gradient checkpointing | between steps: planned MiB | held | most in a step: planned | held | host |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("| case | between steps: planned MiB | held | most in a step: planned | held | host |")
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as at_once:
         folder = Path(name)
         prepare(folder, options.tiny)
-        plans = [planned(folder, *case, length) for case in CASES]
-        runs = at_once.map(lambda case: in_a_process(name, *case, options.tiny), CASES)
-        for (stage, checkpointing), parts, run in zip(CASES, plans, runs, strict=True):
+        plans = [planned(folder, case, length) for case in options.only]
+        runs = at_once.map(lambda case: in_a_process(name, case, options.tiny), options.only)
+        for case, parts, run in zip(options.only, plans, runs, strict=True):
             if run.returncode:
+                print(f"failed: {case}: exit status {run.returncode}", flush=True)
                 print(run.stderr[-3000:], file=sys.stderr)
-                raise SystemExit(f"ZeRO-{stage}, gradient checkpointing {checkpointing}: exit status {run.returncode}")
+                continue
             found = next(json.loads(line) for line in reversed(run.stdout.splitlines()) if line.startswith("{"))
             lasting = sum(size for part, size in parts.items() if part in LASTING)
             sizes = (lasting, found["between"], sum(parts.values()), found["peak"], found["host"])
             shown = " | ".join(f"{size / MIB:.0f}" for size in sizes)
-            print(f"| {stage} | {'on' if checkpointing else 'off'} | {shown} |", flush=True)
+            print(f"| {case} | {shown} |", flush=True)
             print({part: round(size / MIB) for part, size in parts.items()}, file=sys.stderr)
 
 
-def in_a_process(folder: str, stage: int, checkpointing: bool, tiny: bool) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, __file__, *(["--tiny"] if tiny else []), "--run", folder, str(stage), str(checkpointing)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def in_a_process(folder: str, case: str, tiny: bool) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, __file__, *(["--tiny"] if tiny else []), "--run", folder, case]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = {**os.environ, **place, "MASTER_PORT": str(29_600 + list(CASES).index(case))}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ BUCKET = 20_000_000
 """Gradients that are added up over the processes at once, and parameters fetched ahead, as the loop sets it."""
 DEEPSPEED_BUCKET = 500_000_000
 """Gradients that stages 1 and 2 add up at once: DeepSpeed's default, held in full even for a small model."""
+PINNED = 2
+"""Times that pinned memory takes at most of what is put there: CUDA rounds a block up to a power of two."""
 STORE_ROW = 32
 """Bytes of a stored row besides its log-probs: key, checksum, offset."""
 _MOST_DEVICES = 1024
@@ -107,12 +109,11 @@ def on_host(facts: Facts, config: PlanConfig, way: Way) -> Bytes:
     }
     moved = 0
     if config.offload_optimizer and config.zero_stage >= 1:
-        state = model_state(
-            facts.policy.parameters, dtype=config.dtype, zero_stage=config.zero_stage, devices=config.devices
-        )
-        moved += processes * state["policy: optimizer"]
+        # Two float32 moments; float32 master weights and gradients in pinned memory.
+        a_parameter = 8 + PINNED * (4 + 4)
+        moved += processes * math.ceil(facts.policy.parameters * a_parameter / config.devices)
     if config.offload_parameters and config.zero_stage >= 3:
-        moved += processes * math.ceil(weights / config.devices)
+        moved += processes * math.ceil(PINNED * weights / config.devices)
     if moved:
         parts["offloaded while training"] = moved
     return parts
