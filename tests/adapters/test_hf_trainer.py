@@ -776,9 +776,16 @@ def test_what_a_collator_gives_the_model_the_reference_reads_too(
 def test_two_processes(
     policy_folder: Path, reference_folder: Path, pairs_file: Path, build: Run, tmp_path: Path
 ) -> None:
-    """One launch for everything that needs a second process: DDP, broken numbers on one of them, ZeRO-3."""
+    """One launch for everything that needs a second process: DDP, broken numbers on one of them, ZeRO-3.
+
+    Under ZeRO-3 also one process, which holds all parts.
+    """
     script, log = Path(__file__).with_name("hf_two_processes.py"), tmp_path / "log"
-    codes = run_ranks(run_script, script, policy_folder, reference_folder, pairs_file, tmp_path, log=log)
+    models = (policy_folder, reference_folder, pairs_file)
+    (tmp_path / "alone").mkdir()
+    assert run_ranks(run_script, script, *models, tmp_path / "alone", world_size=1, log=log) == [0], log.read_text()
+    alone = json.loads((tmp_path / "alone" / "rank0.json").read_text())
+    codes = run_ranks(run_script, script, *models, tmp_path, log=log)
     assert codes == [0, 0], log.read_text()[-4000:]
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0]["ddp"]["train"] == results[1]["ddp"]["train"]
@@ -794,8 +801,10 @@ def test_two_processes(
     )
     single.train()
     for name in ("ddp", "zero3", "zero3_stored"):
-        assert_alike(results[0][name]["train"], logged(single), rel=2e-4, abs=1e-5)
-        assert_alike(results[0][name]["eval"], logged(single, "eval_loss"), rel=2e-4, abs=1e-5)
+        for found in (results[0][name], *([alone[name]] if name in alone else [])):
+            assert_alike(found["train"], logged(single), rel=2e-4, abs=1e-5)
+            assert_alike(found["eval"], logged(single, "eval_loss"), rel=2e-4, abs=1e-5)
+    assert alone.keys() == {"zero3", "zero3_stored"}
     assert [("another process" in result["nan"]) for result in results] == [True, False]
     assert results[0]["zero3_bf16"]["bits"]
     assert results[0]["zero3_bf16"]["resumed"] == results[0]["zero3_bf16"]["whole"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,20 @@ def changed(folder: Path, policy: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_zero_3_in_a_process_that_no_launcher_started(words: list[str], tmp_path: Path, policy_folder: Path) -> None:
-    process = start(run_cli, [*words, f"--deepspeed={settings(tmp_path)}"], log=tmp_path / "log")
+def test_zero_3_in_a_process_that_no_launcher_started(
+    words: list[str], tmp_path: Path, policy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the losses of a process without DeepSpeed, and saves a whole model."""
+    longer = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--disable_tqdm", "true"]
+    process = start(run_cli, [*words, *longer, f"--deepspeed={settings(tmp_path)}"], log=tmp_path / "log")
     process.join(200)
-    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, printed
     assert changed(tmp_path / "out", policy_folder)
+    assert main([*words, *longer, "--output_dir", str(tmp_path / "plain")]) == 0
+    found, expected = (re.findall(r"'loss': '?([\d.]+)", text) for text in (printed, capsys.readouterr().out))
+    assert len(expected) == 3
+    assert list(map(float, found)) == pytest.approx(list(map(float, expected)), rel=1e-3)
 
 
 @pytest.mark.slow
