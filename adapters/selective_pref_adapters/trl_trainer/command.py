@@ -71,17 +71,19 @@ def main(arguments: Sequence[str]) -> None:
         "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
     words = with_config_file(parser, arguments)
-    engine = _value_of("deepspeed", words, parser)
+    engine = _value_of("deepspeed", words, parser) or None
+    with_peft = any(word.replace("-", "_") == "__use_peft" for word in words)
     for flag, asked, module in (
         ("--deepspeed", engine is not None, "deepspeed"),
-        ("--use_peft", "--use_peft" in words, "peft"),
+        ("--use_peft", with_peft, "peft"),
     ):
         if asked and importlib.util.find_spec(module) is None:
             raise ValueError(f"{flag} needs {module}, which is not installed: pip install 'selective-pref[{module}]'")
     if engine is not None and not engine.lstrip().startswith("{") and not Path(engine).is_file():
         raise ValueError(f"--deepspeed {engine}: there is no such file. Give one of DeepSpeed's settings, in JSON")
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its configuration asks for DeepSpeed
-    minutes = float(_value_of("ddp_timeout", words, parser) or 1800) / 60
+    seconds = _value_of("ddp_timeout", words, parser) or ""
+    minutes = int(seconds if seconds.isdigit() else 1800) / 60  # what is no number, the parser says
     with meeting(minutes):
         if engine is not None or by_accelerate:
             start_deepspeed(minutes)
@@ -185,7 +187,7 @@ def _value_of(option: str, words: Sequence[str], parser: TrlParser) -> str | Non
     value = parser.get_default(option)
     for index, word in enumerate(words):
         name, given, after = word.partition("=")
-        if name == f"--{option}":
+        if name.replace("-", "_") == f"__{option}":
             value = after if given else next(iter(words[index + 1 :]), None)
     return str(value) if isinstance(value, str | int | float) else None
 
