@@ -89,6 +89,8 @@ def enable_fsdp(trainer: Any) -> bool:
         trainer.is_fsdp_enabled = True
     if trainer.is_fsdp_enabled:
         _keep_outputs(state.fsdp_plugin)
+        if state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            state.fsdp_plugin.transformer_cls_names_to_wrap = _layers_of(trainer.model)
         _within(trainer, "evaluation_loop", _evaluation)
         _within(trainer, "create_optimizer", _learning)
         _within(trainer, "save_model", _saving)
@@ -116,7 +118,7 @@ def shard_reference(model: nn.Module, accelerator: Any, *, mixed_precision: bool
         accelerator: of a trainer that FSDP2 is enabled for.
         mixed_precision: whether it computes in the policy's precision (`bf16=True`); else in that of its weights.
     """
-    with _plugin_of_its_own(accelerator.state) as plugin:
+    with _plugin_of_its_own(accelerator.state, model) as plugin:
         if not mixed_precision:
             plugin.mixed_precision_policy = None
         sharded: Any = fsdp_utils.fsdp2_prepare_model(accelerator, model)
@@ -124,14 +126,26 @@ def shard_reference(model: nn.Module, accelerator: Any, *, mixed_precision: bool
     return sharded
 
 
+def _layers_of(model: Any) -> list[str] | None:
+    """The classes of layers to shard by, of those that the model's class names: accelerate wants all to be there.
+
+    A model of text and images names the parts of its image encoder's text model, too, which it does not have.
+    """
+    named = getattr(model, "_no_split_modules", None)
+    if named is None:
+        return None
+    there = {type(module).__name__ for module in model.modules()}
+    return [name for name in named if name in there]
+
+
 @contextmanager
-def _plugin_of_its_own(state: Any) -> Iterator[Any]:
+def _plugin_of_its_own(state: Any, model: nn.Module) -> Iterator[Any]:
     """While a model is sharded: settings that remember its classes of layers, and not those of the policy."""
     kept = state.fsdp_plugin
     state.fsdp_plugin = plugin = copy.copy(kept)
     if isinstance(plugin.auto_wrap_policy, functools.partial):  # bound to the policy's classes
         plugin.auto_wrap_policy = plugin.auto_wrap_policy.func
-    plugin.transformer_cls_names_to_wrap = None
+    plugin.transformer_cls_names_to_wrap = _layers_of(model)
     try:
         yield plugin
     finally:

@@ -6,17 +6,24 @@ says what is wrong with the folder; its context length and its vocabulary. Every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as logging_of_transformers
 
 from selective_pref_adapters.options import PAPER_MAX_LENGTH
+
+logger = logging.getLogger(__name__)
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
@@ -62,7 +69,16 @@ def whole_model(kind: Any, name: str | None, **options: Any) -> nn.Module:
     Raises:
         ValueError: a weight is absent from the files, or has another shape there.
     """
-    model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    try:
+        with quiet():
+            model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except RuntimeError as error:
+        if "conversion" not in str(error):
+            raise
+        raise ValueError(
+            f"a weight of {kind.__name__} cannot be put together from its parts in the files, as where one of several "
+            "experts is absent: take a checkpoint that was saved whole"
+        ) from error
     for key, there, asked in sorted(found["mismatched_keys"]):
         raise ValueError(
             f"{key} has the shape {tuple(there)} in the files and {tuple(asked)} by config.json: the two do not belong "
@@ -70,12 +86,56 @@ def whole_model(kind: Any, name: str | None, **options: Any) -> nn.Module:
         )
     weights = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     if absent := sorted(weights & set(found["missing_keys"])):
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ValueError(
-            f"its files lack {absent[0]}{more}, of {len(weights)} weights of {type(model).__name__}: what is absent "
+            f"its files lack {_some(absent)}, of {len(weights)} weights of {type(model).__name__}: what is absent "
             "would be random. Take a checkpoint that was saved whole, as the model that config.json describes"
         )
+    if not is_first_process():
+        return model
+    shown = name or model.config._name_or_path
+    if unused := sorted(found["unexpected_keys"]):
+        logger.warning(
+            "%s: its files also hold %s, which the %s that config.json describes does not have: left out",
+            *(shown, _some(unused), type(model).__name__),
+        )
+    if _untied(model):
+        logger.warning(
+            "%s: its files hold an output layer that differs from the embedding, to which config.json ties it: both "
+            "are kept. Set tie_word_embeddings to false in config.json",
+            shown,
+        )
     return model
+
+
+def _untied(model: Any) -> bool:
+    """Whether a model with weights has an output layer of its own although its configuration ties it."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in layers or any(layer.weight.is_meta for layer in layers):
+        return False
+    return bool(getattr(text_config(model), "tie_word_embeddings", False)) and layers[0].weight is not layers[1].weight
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one to say what is the same for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers shows no bar and says nothing of what it loads: what matters is said by us."""
+    verbosity, bars = logging_of_transformers.get_verbosity(), logging_of_transformers.is_progress_bar_enabled()
+    logging_of_transformers.set_verbosity_error()
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_of_transformers.set_verbosity(verbosity)
+        if bars:
+            logging_of_transformers.enable_progress_bar()
 
 
 def model_config(name: str, **options: Any) -> Any:
@@ -123,8 +183,12 @@ def _dropout_rates(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str, ...]) -> Any:
     folder = Path(name)
     if folder.exists() and not any((folder / file).is_file() for file in needed):
+        adapter = (folder / "adapter_config.json").is_file()
+        found = (
+            "It holds an adapter (PEFT) alone: merge it into its model (merge_and_unload) first. " if adapter else ""
+        )
         raise ValueError(
-            f"{name} is no model folder: expected a config.json, a tokenizer and safetensors weights in it"
+            f"{name} is no model folder: {found}expected a config.json, a tokenizer and safetensors weights in it"
         )
     try:
         return loader(name)
@@ -132,7 +196,44 @@ def _load(kind: str, name: str, loader: Callable[[str], Any], needed: tuple[str,
         incomplete = "the folder is incomplete, or a file in it is damaged"
         where = incomplete if folder.exists() else "there is no such folder, nor a hub model at hand"
         said = error if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
+        said = _damage(folder) or " ".join(str(said).split())
         raise ValueError(f"cannot load the {kind} of {name!r} ({where}): {said}") from error
+
+
+def _damage(folder: Path) -> str:
+    """Which weights file of a folder cannot be read, and why; "" where none is found."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError, RuntimeError) as error:
+            return unreadable(path, error)
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            if not places or not all(isinstance(file, str) for file in places.values()):
+                raise ValueError("weight_map does not name a file for each weight")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            return damaged_index(path, error)
+    return ""
+
+
+def damaged_index(path: str | Path, error: Exception) -> str:
+    """What to say of an index of weights files that cannot be read."""
+    return f'{path} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
+
+
+def unreadable(path: str | Path, error: Exception) -> str:
+    """What to say of a weights file that cannot be read."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        return f"{path} holds a pointer of Git LFS and no weights: fetch them with git lfs pull"
+    if isinstance(error, RuntimeError):  # torch maps a file as a whole
+        return (
+            f"{path} is too large for this machine to map ({str(error).splitlines()[0]}): save the model in several "
+            'files, save_pretrained(..., max_shard_size="5GB")'
+        )
+    return f"{path} cannot be read: {error}"
 
 
 # --- what a model can read -------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_zero_3_saves_a_whole_model_unless_the_settings_say_no(
 def test_a_file_of_settings_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for given in (["--deepspeed", "absent.json"], ["--deepspeed=absent.json"]):
         assert main([*words, *given]) == 1
-        assert "--deepspeed absent.json: there is no such file" in capsys.readouterr().err
+        assert "--deepspeed absent.json cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
 def test_a_file_without_rows_is_named(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,8 @@ def run_in(output_dir: Path, config: TrainConfig, rank: int, world_size: int) ->
     if config.resume and (finished := finished_run(output_dir, steps, checkpoint)):
         console.print(f"this run is finished, so nothing was done: {output_dir}", soft_wrap=True)
         return finished
+    if checkpoint is not None:
+        console.print(f"goes on from {checkpoint}", soft_wrap=True, highlight=False)
 
     tables = [train_pairs, eval_pairs]
     fill_stores(config, tokenizer, opened, tables, max_length=max_length, progress=rank == 0)

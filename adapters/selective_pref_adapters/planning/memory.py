@@ -77,8 +77,8 @@ def on_device(facts: Facts, config: PlanConfig, way: Way) -> Bytes:
     if config.offload_optimizer and config.zero_stage >= 1:
         parts["policy: optimizer"] = 0
     if cut:
-        whole = min(facts.policy.parameters, LIVE_PARAMETERS) + 2 * BUCKET + facts.policy.largest_layer
-        beside = min(facts.reference.parameters, LIVE_PARAMETERS) if way == "running" else 0
+        whole = _live(facts.policy) + 2 * BUCKET + facts.policy.largest_layer
+        beside = _live(facts.reference) if way == "running" else 0
         parts["gathered layers, buckets"] = item * (whole + beside)
     if facts.policy_activations is not None:
         kept = facts.policy_activations
@@ -183,6 +183,11 @@ def _cheapest_first(config: PlanConfig) -> Iterator[tuple[str, Mapping[str, obje
         yield "--offload-optimizer", {"offload_optimizer": True}
     if not config.offload_parameters:
         yield "--offload-parameters", {"offload_parameters": True}
+
+
+def _live(model: ModelSize) -> int:
+    """Parameters that ZeRO-3 keeps whole at one time: a layer is, however large."""
+    return min(model.parameters, max(LIVE_PARAMETERS, model.largest_layer))
 
 
 def _head(facts: Facts, config: PlanConfig, item: int) -> int:

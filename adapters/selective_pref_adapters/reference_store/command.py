@@ -36,6 +36,7 @@ from selective_pref_adapters.reference_store.rows import LogpSource, rows_of_pai
 from selective_pref_adapters.reference_store.shards import StoreError, writing
 from selective_pref_adapters.reference_store.spaces import empty_spaces, note_filling, read_spaces, remove_empty_spaces
 from selective_pref_adapters.reference_store.store import ReferenceStore
+from selective_pref_adapters.weight_files import check_whole_models
 
 
 def score(config: ScoreConfig) -> FillReport | Comparison | None:
@@ -123,6 +124,7 @@ def local_reference(config: ScoreConfig) -> Reference:
     """The model of `ref_model` on this process's device."""
     name = str(config.ref_model)
     tokenizer = load_tokenizer(name)
+    check_whole_models({"reference": name}, getattr(torch, config.dtype))
     model = load_model(name, dtype=config.dtype, attention=config.attention).to(_device()).eval().requires_grad_(False)
     check_padding(tokenizer, {"reference": model})
     label = Path(name).name if Path(name).exists() else name

@@ -27,7 +27,7 @@ from selective_pref_adapters.objectives import check_objective, selects
 from selective_pref_adapters.options import PAIR_LOSS, SelectionOptions
 from selective_pref_adapters.trl_trainer.config import SelectiveDPOConfig, changed, check_options
 from selective_pref_adapters.trl_trainer.stored import check_stored_dataset
-from selective_pref_adapters.weight_files import Checkpoint, check_room, check_whole, in_parts, is_quantised
+from selective_pref_adapters.weight_files import Checkpoint, check_fits, check_room, check_whole, in_parts, is_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,11 @@ def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *,
     if options.keys() & _OTHER_FILES:
         return
     in_parts_only = is_deepspeed_zero3_enabled() and options.get("quantization_config") is None
+    dtype = options.get("dtype", torch.float32)
+    if isinstance(dtype, str):  # "auto" takes that of the files
+        dtype = getattr(torch, dtype, None)
     models: dict[str, Checkpoint] = {}
+    loaded_whole: dict[str, Checkpoint | None] = {}
     for what, name in (("policy", policy), ("reference", ref_model)):
         if not isinstance(name, str):
             continue
@@ -56,14 +60,13 @@ def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *,
         if in_parts_only and not is_quantised(name, **found_by):
             models[what] = in_parts(name, kind, **found_by)
         else:
-            check_whole(name, kind, **found_by)
+            loaded_whole[what] = check_whole(name, kind, **found_by)
+    if options.get("quantization_config") is None:  # else smaller than its files
+        check_fits(loaded_whole, dtype)
     if not models:
         return
     if twice and ref_model is None:
         models["reference"] = models["policy"]
-    dtype = options.get("dtype", torch.float32)
-    if isinstance(dtype, str):  # "auto" takes that of the files
-        dtype = getattr(torch, dtype, None)
     settings = getattr(args, "hf_deepspeed_config", None)  # none without DeepSpeed
     offloaded = settings is not None and settings.get_value("zero_optimization.offload_param.device") in ("cpu", "nvme")
     check_room(models, dtype, offloaded=offloaded)

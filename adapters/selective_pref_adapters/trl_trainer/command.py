@@ -39,6 +39,7 @@ from trl import (
 
 from selective_pref_adapters.launching.processes import meeting, place_alone
 from selective_pref_adapters.launching.together import own_folder
+from selective_pref_adapters.models import load_tokenizer
 from selective_pref_adapters.pairs import SKIP, PreferenceRow, RowError, parse_columns, scan_rows
 from selective_pref_adapters.pairs.files import KINDS, is_local, kind_of, raw_rows, splits_of
 from selective_pref_adapters.pairs.large.naming import code_digest, content_of
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         "file (or from a recipe that comes with this package, as trl_paper.yaml); flags on the command line win.",
     )
     words = with_config_file(parser, arguments)
-    engine = _value_of("deepspeed", words, parser) or None
+    engine = _deepspeed(_value_of("deepspeed", words, parser))
     with_peft = any(word.replace("-", "_") == "__use_peft" for word in words)
     for flag, asked, module in (
         ("--deepspeed", engine is not None, "deepspeed"),
@@ -79,15 +80,16 @@ def main(arguments: Sequence[str]) -> None:
     ):
         if asked and importlib.util.find_spec(module) is None:
             raise ValueError(f"{flag} needs {module}, which is not installed: pip install 'selective-pref[{module}]'")
-    if engine is not None and not engine.lstrip().startswith("{") and not Path(engine).is_file():
-        raise ValueError(f"--deepspeed {engine}: there is no such file. Give one of DeepSpeed's settings, in JSON")
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its configuration asks for DeepSpeed
-    seconds = _value_of("ddp_timeout", words, parser) or ""
+    seconds = str(_value_of("ddp_timeout", words, parser))
     minutes = int(seconds if seconds.isdigit() else 1800) / 60  # what is no number, the parser says
     with meeting(minutes):
         if engine is not None or by_accelerate:
             start_deepspeed(minutes)
-        script, args, model, mixture = parser.parse_args_and_config(args=words)
+        try:
+            script, args, model, mixture = parser.parse_args_and_config(args=words)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"an option that takes JSON, as --fsdp_config, cannot be read: {error}") from error
     if not model.model_name_or_path:
         raise ValueError("no policy: give --model_name_or_path FOLDER_OR_HUB_ID")
     args.model_init_kwargs = {
@@ -98,8 +100,15 @@ def main(arguments: Sequence[str]) -> None:
     }
     if (settings := getattr(args, "hf_deepspeed_config", None)) is not None and settings.is_zero3():
         settings.config["zero_optimization"].setdefault(GATHER, True)
+    if str(args.resume_from_checkpoint).lower() == "true":  # the newest in output_dir
+        args.resume_from_checkpoint = True
     with own_folder(Path(str(args.output_dir)), {}):
-        trainer = _trained(script, args, model, mixture)
+        try:
+            trainer = _trained(script, args, model, mixture)
+        except AssertionError as error:  # DeepSpeed's, of sizes that do not go together
+            if engine is None:
+                raise
+            raise ValueError(f"DeepSpeed refuses its settings ({engine}): {error}") from error
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
@@ -108,9 +117,12 @@ def _trained(
     script: SelectiveDPOArguments, args: SelectiveDPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig
 ) -> SelectiveDPOTrainer:
     """The trainer, when it has saved its model."""
+    name = str(model.model_name_or_path)
+    if Path(name).is_dir() and not args.trust_remote_code:
+        load_tokenizer(name)
     splits = load_splits(script, mixture, args)
     trainer = SelectiveDPOTrainer(
-        model=str(model.model_name_or_path),
+        model=name,
         ref_model=script.ref_model_name_or_path,
         args=args,
         train_dataset=split_of(splits, script.dataset_train_split),
@@ -182,14 +194,36 @@ def with_config_file(parser: TrlParser, arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _value_of(option: str, words: Sequence[str], parser: TrlParser) -> str | None:
-    """What an option is set to, by a flag or a YAML file; None where it is not, or is no number or text."""
+def _value_of(option: str, words: Sequence[str], parser: TrlParser) -> Any:
+    """What an option is set to, by a flag or a YAML file."""
     value = parser.get_default(option)
     for index, word in enumerate(words):
         name, given, after = word.partition("=")
         if name.replace("-", "_") == f"__{option}":
             value = after if given else next(iter(words[index + 1 :]), None)
-    return str(value) if isinstance(value, str | int | float) else None
+    return value
+
+
+def _deepspeed(value: Any) -> str | None:
+    """Where the settings of DeepSpeed are, for messages; None where there are none.
+
+    Raises:
+        ValueError: they are no JSON object, or their file is not there.
+    """
+    if not value:
+        return None
+    if isinstance(value, dict):
+        return "deepspeed"
+    where = "--deepspeed" if value.lstrip().startswith("{") else f"--deepspeed {value}"
+    try:
+        settings = json.loads(value if where == "--deepspeed" else Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read ({error.strerror}): give a file of its settings, in JSON") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise ValueError(f"{where} must hold a JSON object, with zero_optimization as one")
+    return where
 
 
 def start_deepspeed(minutes: float) -> None:

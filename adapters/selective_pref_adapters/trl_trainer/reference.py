@@ -21,12 +21,13 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path
 
 from selective_pref_adapters.batch import REF_LOGPS, Batch
 from selective_pref_adapters.fsdp import asks_for_fsdp, enable_fsdp, shard_reference
+from selective_pref_adapters.models import model_config
 from selective_pref_adapters.pairs.large import PairTable
 from selective_pref_adapters.reference_store.fill import fill_store
 from selective_pref_adapters.reference_store.identity import reference_space
@@ -290,7 +291,8 @@ def config_of(model: Any, args: SelectiveDPOConfig, *, revision: str | None = No
     """The configuration of a model, or of one that is named; its weights are not loaded."""
     if not isinstance(model, str):
         return model.config
-    return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    which = {} if revision is None else {"revision": revision}
+    return model_config(model, trust_remote_code=args.trust_remote_code, **which)
 
 
 def has_adapter(policy: Any, peft_config: Any) -> bool:

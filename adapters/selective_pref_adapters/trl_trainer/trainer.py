@@ -202,7 +202,12 @@ class SelectiveDPOTrainer(DPOTrainer):
         """TRL's hook for tokenising. Here the one reader of this library does it; rows with images are left to TRL."""
         if args.stock_tokenization or isinstance(processing_class, ProcessorMixin):
             if READ_ROW in (dataset.column_names or ()):
-                raise ValueError("stock_tokenization needs raw rows: give the data set as it is, not after read_rows")
+                raise ValueError(
+                    "stock_tokenization needs raw rows: give the data set as it is, not after read_rows"
+                    if args.stock_tokenization
+                    else "this policy reads images, so TRL tokenises its rows: set stock_tokenization, and give the "
+                    "data set as it is"
+                )
             if isinstance(dataset, Dataset) and not len(dataset):
                 check_left(dataset_name, dataset, dataset, args.max_length)
             tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)

@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from selective_pref_adapters.weight_files.checkpoint import Checkpoint
 from selective_pref_adapters.weight_files.checks import (
+    check_fits,
     check_room,
     check_weight_files,
     check_whole,
+    check_whole_models,
     in_parts,
     is_quantised,
 )
 
-__all__ = ["Checkpoint", "check_room", "check_weight_files", "check_whole", "in_parts", "is_quantised"]
+__all__ = [
+    "Checkpoint",
+    "check_fits",
+    "check_room",
+    "check_weight_files",
+    "check_whole",
+    "check_whole_models",
+    "in_parts",
+    "is_quantised",
+]

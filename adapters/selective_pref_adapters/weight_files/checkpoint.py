@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as integration
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from selective_pref_adapters.models import model_config, whole_model
+from selective_pref_adapters.models import damaged_index, model_config, unreadable, whole_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,14 @@ class Checkpoint:
                     for key in file.keys():  # noqa: SIM118 (it is no mapping)
                         part = file.get_slice(key)
                         files[key] = path
-                        shapes[key] = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
-            except (SafetensorError, OSError, KeyError) as error:
-                raise ValueError(f"{path} cannot be read: {error}") from error
+                        if (dtype := _DTYPES.get(part.get_dtype())) is None:
+                            raise ValueError(
+                                f"{path}: {key} is of the type {part.get_dtype()}, and config.json does not say that "
+                                "weights are quantised (quantization_config)"
+                            )
+                        shapes[key] = tuple(part.get_shape()), dtype
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise ValueError(unreadable(path, error)) from error
         return cls(name=name, config=config, files=files, shapes=shapes, options=options)
 
     def check(self, kind: Any = None) -> tuple[Any, Any]:
@@ -89,7 +94,45 @@ class Checkpoint:
                 model = whole_model(kind, None, state_dict=self.tensors(values=False), **options)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
+        for name, weight in model.named_parameters():
+            _, dtype = self.shapes.get(name, ((), weight.dtype))
+            if weight.is_floating_point() and not dtype.is_floating_point:
+                raise ValueError(
+                    f"{self.name}: {name} is of the type {dtype}, and config.json does not say that weights are "
+                    "quantised (quantization_config)"
+                )
         return type(model), model.config
+
+    def untied(self, kind: Any) -> str:
+        """A sentence where two weights that the configuration ties have different values in the files; else "".
+
+        Args:
+            kind: the class of the model.
+        """
+        with torch.device("meta"):
+            model = kind(self.config)
+        prefix = f"{model.base_model_prefix}."
+        for pair in getattr(model, "all_tied_weights_keys", {}).items():
+            names = [next((n for n in (key, key.removeprefix(prefix)) if n in self.files), None) for key in pair]
+            if None not in names and not self._equal(*map(str, names)):
+                return (
+                    f"{self.name}: its files hold {names[0]} and {names[1]} with different values, and config.json "
+                    "ties the two: ZeRO-3 would drop one of them. Set tie_word_embeddings to false in config.json, if "
+                    "both are meant"
+                )
+        return ""
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of the files are equal; some rows of both are in memory at a time."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        with (
+            safe_open(self.files[one], framework="pt") as first,
+            safe_open(self.files[other], framework="pt") as second,
+        ):
+            ours, theirs = first.get_slice(one), second.get_slice(other)
+            rows = range(0, self.shapes[one][0][0], _ROWS)
+            return all(torch.equal(ours[at : at + _ROWS], theirs[at : at + _ROWS]) for at in rows)
 
     def _trusted(self) -> dict[str, Any]:
         return {name: value for name, value in self.options.items() if name == "trust_remote_code"}
@@ -108,6 +151,8 @@ class Checkpoint:
         }
 
 
+_ROWS = 4096
+"""Of two tensors that are compared at once."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -162,6 +207,10 @@ def safetensors_files(name: str, *, revision: str | None = None) -> list[str]:
     def found(file: str) -> str | None:
         return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
+    if (path := Path(name) / SAFE_WEIGHTS_NAME).is_dir() or (path.is_symlink() and not path.exists()):
+        raise ValueError(
+            f"{path} is {'a folder' if path.is_dir() else 'a link to nothing'}: expected a file of weights"
+        )
     if (whole := found(SAFE_WEIGHTS_NAME)) is not None:
         return [whole]
     index = found(SAFE_WEIGHTS_INDEX_NAME)
@@ -169,10 +218,10 @@ def safetensors_files(name: str, *, revision: str | None = None) -> list[str]:
         return []
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(isinstance(file, str) for file in names):
+            raise ValueError("weight_map does not name a file for each weight")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{index} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
-        ) from error
+        raise ValueError(damaged_index(index, error)) from error
     paths = {file: found(file) for file in names}
     if missing := [file for file, path in paths.items() if path is None]:
         raise ValueError(f"{name}: {SAFE_WEIGHTS_INDEX_NAME} names files that are not there: {', '.join(missing)}")
@@ -181,16 +230,10 @@ def safetensors_files(name: str, *, revision: str | None = None) -> list[str]:
 
 @contextmanager
 def apart_from_training() -> Iterator[None]:
-    """Inside, transformers makes models as if there were no ZeRO-3, and says nothing of it."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Inside, transformers makes models as if there were no ZeRO-3."""
     zero_3 = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = zero_3
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from selective_pref_adapters.models import model_config, whole_model
 from selective_pref_adapters.weight_files.checkpoint import Checkpoint, apart_from_training, safetensors_files
-from selective_pref_adapters.weight_files.memory import room_for_weights
+from selective_pref_adapters.weight_files.memory import memory_of_machine, room_for_weights
 
 
 def check_weight_files(models: Mapping[str, str], dtype: torch.dtype | None, *, offloaded: bool = False) -> None:
@@ -48,7 +48,9 @@ def in_parts(name: str, kind: Any = None, **options: Any) -> Checkpoint:
             "checkpoint that is not quantised"
         )
     checkpoint = Checkpoint.open(name, **options)
-    checkpoint.check(kind)
+    loaded, _ = checkpoint.check(kind)
+    if untied := checkpoint.untied(loaded):
+        raise ValueError(untied)
     return checkpoint
 
 
@@ -73,7 +75,32 @@ def check_room(models: Mapping[str, Checkpoint], dtype: torch.dtype | None, *, o
         )
 
 
-def check_whole(name: str, kind: Any = None, **options: Any) -> None:
+def check_whole_models(models: Mapping[str, str], dtype: torch.dtype | None) -> None:
+    """Refuses causal language models that `check_whole` refuses, or that no memory of this machine holds.
+
+    Args:
+        models: what it is, for the message → folder or hub id.
+        dtype: in which the weights are held; None for the one of the files.
+
+    Raises:
+        ValueError: names the model.
+    """
+    check_fits({what: check_whole(name) for what, name in models.items()}, dtype)
+
+
+def check_fits(models: Mapping[str, Checkpoint | None], dtype: torch.dtype | None) -> None:
+    """Raises ValueError where models that are loaded whole are larger than all memory of this machine together."""
+    sizes = {f"{what} {files.name}": files.size(dtype) for what, files in models.items() if files is not None}
+    if sum(sizes.values()) > (memory := memory_of_machine()):
+        listed = ", ".join(f"{size / 1e9:.4g} GB for {what}" for what, size in sizes.items())
+        raise ValueError(
+            f"the weights alone are larger than all memory of this machine, {memory / 1e9:.4g} GB with its devices: "
+            f"{listed}, and each process loads them whole. Cut them over processes on several machines (ZeRO-3), or "
+            "use a reference store that is filled elsewhere, or from a server (selective-pref score --url)"
+        )
+
+
+def check_whole(name: str, kind: Any = None, **options: Any) -> Checkpoint | None:
     """Refuses a model whose files are damaged or lack a weight, in whatever format; no values are kept.
 
     Args:
@@ -81,16 +108,21 @@ def check_whole(name: str, kind: Any = None, **options: Any) -> None:
         kind: the class of transformers that will load it; None for a causal language model.
         options: `revision` and `trust_remote_code`, as `from_pretrained` takes them.
 
+    Returns:
+        Its files, where they are safetensors that are not quantised.
+
     Raises:
         ValueError: names the file or the weight. Of quantised weights only the configuration is looked at.
     """
     if is_quantised(name, **options):
-        return
+        return None
     if safetensors_files(name, revision=options.get("revision")):
-        Checkpoint.open(name, **options).check(kind)
-        return
+        checkpoint = Checkpoint.open(name, **options)
+        checkpoint.check(kind)
+        return checkpoint
     with apart_from_training():
         try:
             whole_model(kind or AutoModelForCausalLM, name, device_map="meta", **options)
         except Exception as error:  # a damaged file gives whatever error its reader has
-            raise ValueError(f"cannot load the model of {name!r}: {error}") from error
+            raise ValueError(f"cannot load the model of {name!r}: {' '.join(str(error).split())}") from error
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from selective_pref_adapters.heads import install_fused_head
@@ -96,6 +97,36 @@ _BUCKETS: dict[int, dict[str, int]] = {0: {}, 1: {}, 2: {}, 3: _ZERO_3}
 """How many numbers ZeRO-3 handles at a time; DeepSpeed's own 500 million gradients, and a billion in the optimiser,
 take more memory than a small model."""
 
+KNOWN = {
+    "activation_checkpointing",
+    "aio",
+    "bf16",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "optimizer",
+    "prescale_gradients",
+    "scheduler",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+"""Settings of DeepSpeed, for names that are nearly these; it has more."""
 DECIDED_BY_FLAGS = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "batch_size",
@@ -124,6 +155,14 @@ def further_settings(config: TrainConfig) -> dict[str, Any]:
     for name in [*settings, *(f"zero_optimization.{name}" for name in zero)]:
         if name in DECIDED_BY_FLAGS:
             raise ValueError(f"deepspeed_config {path} sets {name}: leave it to the option {DECIDED_BY_FLAGS[name]}")
+    for name in settings.keys() - KNOWN:  # DeepSpeed ignores what it does not know
+        if near := difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8):
+            raise ValueError(f"deepspeed_config {path}: DeepSpeed knows no {name!r}: did you mean {near[0]!r}?")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except (ValueError, TypeError) as error:
+        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in getattr(error, "errors", list)())
+        raise ValueError(f"deepspeed_config {path}: zero_optimization: {said or error}") from error
     return settings
 
 

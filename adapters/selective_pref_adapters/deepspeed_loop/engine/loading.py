@@ -20,10 +20,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from selective_pref_adapters.deepspeed_loop.engine.engine import shared_settings
-from selective_pref_adapters.models import load_model, model_config
+from selective_pref_adapters.models import load_model
 from selective_pref_adapters.monitoring import anywhere
 from selective_pref_adapters.options import TrainConfig
-from selective_pref_adapters.weight_files import Checkpoint, check_weight_files
+from selective_pref_adapters.weight_files import Checkpoint, check_weight_files, check_whole_models
 
 
 def load(config: TrainConfig, name: str) -> nn.Module:
@@ -80,5 +80,4 @@ def check_models(config: TrainConfig, names: Mapping[str, str | None]) -> None:
     if config.zero_stage == 3:
         check_weight_files(used, getattr(torch, config.dtype), offloaded=config.offload_parameters)
         return
-    for name in used.values():
-        model_config(name)
+    check_whole_models(used, getattr(torch, config.dtype))
