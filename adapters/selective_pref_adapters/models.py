@@ -61,10 +61,17 @@ def load_model(
     return model
 
 
-def whole_model(kind: Any, name: str | None, **options: Any) -> nn.Module:
+def whole_model(kind: Any, name: str | None, *, shown: str | None = None, **options: Any) -> nn.Module:
     """`kind.from_pretrained(name, **options)`, where the files hold every weight of the model.
 
-    transformers draws at random what they lack, and trains on. Weights that are tied to others may be absent.
+    transformers draws at random what they lack, and trains on. Weights that are tied to others may be absent. What the
+    files hold besides is left out, with a warning.
+
+    Args:
+        kind: a class of transformers with `from_pretrained`.
+        name: the folder or hub id; None where weights are among the options.
+        shown: its name in a warning, if it is not `name`.
+        options: of `from_pretrained`.
 
     Raises:
         ValueError: a weight is absent from the files, or has another shape there.
@@ -92,7 +99,7 @@ def whole_model(kind: Any, name: str | None, **options: Any) -> nn.Module:
         )
     if not is_first_process():
         return model
-    shown = name or model.config._name_or_path
+    shown = name if shown is None else shown
     if unused := sorted(found["unexpected_keys"]):
         logger.warning(
             "%s: its files also hold %s, which the %s that config.json describes does not have: left out",

@@ -91,7 +91,7 @@ class Checkpoint:
         with apart_from_training():
             try:
                 options = {"config": self.config, "device_map": "meta", **self._trusted()}
-                model = whole_model(kind, None, state_dict=self.tensors(values=False), **options)
+                model = whole_model(kind, None, shown=self.name, state_dict=self.tensors(values=False), **options)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         for name, weight in model.named_parameters():
