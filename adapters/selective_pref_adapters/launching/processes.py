@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """The place of a process that no launcher has started."""
+REST = 0.5
+"""Seconds for which the interpreter is left to gloo's threads at the end; they need a thousandth of it."""
 SLACK = 20.0
 """Seconds that torch has to say by itself that the limit has passed."""
 
@@ -73,10 +76,11 @@ def _end(minutes: float) -> None:
 
 
 def leave_at_exit() -> None:
-    """Has a group of CPU processes (gloo) left when the program ends, well or not.
+    """Has a group of CPU processes (gloo) come to rest when the program ends, well or not.
 
-    Its threads would else still run while the interpreter goes, which sometimes aborts the process after everything was
-    done: "terminate called without an active exception".
+    A thread of gloo lets go of the tensors of an exchange when it is over, and has to wait for the interpreter to do
+    so. If that is going by then, Python ends the thread, and C++ the process: "terminate called without an active
+    exception", exit status -6, after everything was done. Destroying the group is not enough, since engines hold it.
     """
     atexit.unregister(_leave_gloo)
     atexit.register(_leave_gloo)
@@ -84,8 +88,10 @@ def leave_at_exit() -> None:
 
 def _leave_gloo() -> None:
     if dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend()):
+        several = dist.get_world_size() > 1
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
+        time.sleep(REST if several else 0)
 
 
 def end_program(status: int) -> NoReturn:
