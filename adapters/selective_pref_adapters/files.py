@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all, also after a power cut. In: a path and its content. Out: the file.
+"""Files that are there whole or not at all, also after a power cut; and what to say of those that cannot be read.
 
+In: a path, and its content or an error. Out: the file, or a sentence.
 Imports nothing but the standard library.
 """
 
@@ -41,3 +42,21 @@ def sync(path: Path) -> None:
 def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there: where its disk can be asked about."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def damaged_index(path: str | Path, error: Exception) -> str:
+    """What to say of an index of weights files that cannot be read."""
+    return f'{path} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
+
+
+def unreadable(path: str | Path, error: Exception) -> str:
+    """What to say of a weights file that cannot be read."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        return f"{path} holds a pointer of Git LFS and no weights: fetch them with git lfs pull"
+    if isinstance(error, RuntimeError):  # torch maps a file as a whole
+        return (
+            f"{path} is too large for this machine to map ({str(error).splitlines()[0]}): save the model in several "
+            'files, save_pretrained(..., max_shard_size="5GB")'
+        )
+    return f"{path} cannot be read: {error}"

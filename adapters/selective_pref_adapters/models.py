@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as logging_of_transformers
 
+from selective_pref_adapters.files import damaged_index, unreadable
 from selective_pref_adapters.options import PAPER_MAX_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def whole_model(kind: Any, name: str | None, *, shown: str | None = None, **opti
         ValueError: a weight is absent from the files, or has another shape there.
     """
     try:
-        with quiet():
+        with _quiet():
             model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except RuntimeError as error:
         if "conversion" not in str(error):
@@ -97,7 +98,7 @@ def whole_model(kind: Any, name: str | None, *, shown: str | None = None, **opti
             f"its files lack {_some(absent)}, of {len(weights)} weights of {type(model).__name__}: what is absent "
             "would be random. Take a checkpoint that was saved whole, as the model that config.json describes"
         )
-    if not is_first_process():
+    if not _is_first_process():
         return model
     shown = name if shown is None else shown
     if unused := sorted(found["unexpected_keys"]):
@@ -126,13 +127,13 @@ def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def is_first_process() -> bool:
+def _is_first_process() -> bool:
     """Whether this process is the one to say what is the same for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Inside, transformers shows no bar and says nothing of what it loads: what matters is said by us."""
     verbosity, bars = logging_of_transformers.get_verbosity(), logging_of_transformers.is_progress_bar_enabled()
     logging_of_transformers.set_verbosity_error()
@@ -223,24 +224,6 @@ def _damage(folder: Path) -> str:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             return damaged_index(path, error)
     return ""
-
-
-def damaged_index(path: str | Path, error: Exception) -> str:
-    """What to say of an index of weights files that cannot be read."""
-    return f'{path} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
-
-
-def unreadable(path: str | Path, error: Exception) -> str:
-    """What to say of a weights file that cannot be read."""
-    path = Path(path)
-    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-        return f"{path} holds a pointer of Git LFS and no weights: fetch them with git lfs pull"
-    if isinstance(error, RuntimeError):  # torch maps a file as a whole
-        return (
-            f"{path} is too large for this machine to map ({str(error).splitlines()[0]}): save the model in several "
-            'files, save_pretrained(..., max_shard_size="5GB")'
-        )
-    return f"{path} cannot be read: {error}"
 
 
 # --- what a model can read -------------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ import torch
 from accelerate.utils import fsdp_utils
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.training_args import ParallelMode
 
 from ranks import run_script, start
-from selective_pref_adapters.fsdp import asks_for_fsdp
+from selective_pref_adapters.fsdp import _layers_of, asks_for_fsdp
 from selective_pref_adapters.reference_store import ReferenceStore, reference_space
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from tiny import make_model, text_rows
+from tiny import make_model, make_text_and_image_model, text_rows
 
 LOSS_TOLERANCE = 2e-5  # relative, of a float32 loss: measured below 2e-6
 WEIGHT_TOLERANCE = 2e-4  # absolute, after steps of 1e-2: Adam magnifies the last bits of small gradients
@@ -172,6 +172,16 @@ def test_what_fsdp2_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(fsdp_utils, "fsdp2_prepare_model")
     with pytest.raises(ImportError, match="pip install --upgrade torch accelerate"):
         asks_for_fsdp(asked())
+
+
+def test_layers_to_shard_by_are_those_that_are_there(tmp_path: Path) -> None:
+    """A model of text and images names layers of its image encoder's text model, too, which it does not have."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(make_text_and_image_model(tmp_path / "model", seed=1))
+    there = {type(module).__name__ for module in model.modules()}
+    named = set(model._no_split_modules)
+    assert named - there
+    assert set(_layers_of(model) or ()) == named & there != set()
+    assert _layers_of(torch.nn.Linear(1, 1)) is None
 
 
 def test_accelerates_configuration_asks_for_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:

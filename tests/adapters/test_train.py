@@ -260,6 +260,24 @@ def assert_same_metrics(ours: list[dict[str, float]], theirs: list[dict[str, flo
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_optimizaton": {}}, "DeepSpeed knows no 'zero_optimizaton': did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"reduce_bucket_sizes": 5}}, "zero_optimization: reduce_bucket_sizes: Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "zero_optimization: reduce_bucket_size: .*integer"),
+    ],
+)
+def test_a_wrong_name_in_deepspeeds_settings(
+    configure: Configure, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    """Before a model is looked at, which is not to blame."""
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"deepspeed_config {path}: {message}"):
+        train(configure(deepspeed_config=str(path), zero_stage=3, model=str(tmp_path / "absent")))
+
+
 def test_a_store_that_training_fills_knows_at_which_length_rows_were_cut(configure: Configure, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     train(configure(reference_store=store, max_length=20, max_steps=1))

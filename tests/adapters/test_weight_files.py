@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.models import load_model
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from selective_pref_adapters.weight_files import Checkpoint, check_weight_files, check_whole
+from selective_pref_adapters.weight_files import Checkpoint, check_weight_files, check_whole, checkpoint, checks
 from tiny import make_mixture, make_model, make_text_and_image_model, text_rows, write_jsonl
 
 NORM = "model.norm.weight"
@@ -212,10 +212,11 @@ def test_an_expert_that_is_not_there_is_missed(tmp_path: Path) -> None:
     for look in (lambda name: load_model(name, dtype="float32"), check_whole):
         with pytest.raises(ValueError, match=r"lack .*experts\.down_proj"):
             look(str(folder))
-    write(folder, {name: tensor for name, tensor in whole.items() if name != gone[2]})
-    for look in (lambda name: load_model(name, dtype="float32"), check_whole):
-        with pytest.raises(ValueError, match=str(folder)):
-            look(str(folder))
+    for one in (gone[2], gone[2].replace("w2", "w1")):  # one expert's matrix; one that is joined with another, too
+        write(folder, {name: tensor for name, tensor in whole.items() if name != one})
+        for look in (lambda name: load_model(name, dtype="float32"), check_whole):
+            with pytest.raises(ValueError, match=str(folder)):
+                look(str(folder))
 
 
 def test_what_is_quantised_is_left_to_transformers(tmp_path: Path) -> None:
@@ -236,3 +237,95 @@ def test_adapters_that_were_saved_beside_a_model_are_no_missing_weights(tmp_path
         shutil.copy(file, folder)
     assert any("lora_A" in name for name, _ in load_model(str(folder), dtype="float32").named_parameters())
     check_whole(str(folder))
+
+
+def test_an_output_layer_that_differs_from_the_embedding_to_which_it_is_tied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers keeps both apart, with or without a word; under ZeRO-3 it would drop one, so it is refused there."""
+    folder = make_model(tmp_path / "model", seed=1, tie_word_embeddings=True)
+    weights = weights_of(folder)
+    embedding = weights["model.embed_tokens.weight"]
+    write(folder, weights | {"lm_head.weight": embedding.clone()})
+    check_weight_files({"policy": str(folder)}, None)
+    assert not caplog.records
+    other = embedding.clone()
+    other[-1, -1] += 1
+    write(folder, weights | {"lm_head.weight": other})
+    with pytest.raises(ValueError, match=rf"{folder}: its files hold lm_head.weight and .*embed_tokens.* ties the two"):
+        check_weight_files({"policy": str(folder)}, None)
+    model: Any = load_model(str(folder), dtype="float32")
+    assert torch.equal(model.lm_head.weight, other)
+    assert "both are kept" in caplog.text
+
+
+def test_weights_that_nothing_reads_are_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "model", seed=1, num_hidden_layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    for look in (lambda name: load_model(name, dtype="float32"), check_whole):
+        caplog.clear()
+        look(str(folder))
+        assert len(caplog.records) == 1
+        assert f"{folder}: its files also hold model.layers.1.input_layernorm.weight and 8 more" in caplog.text
+    monkeypatch.setenv("RANK", "1")  # the first process says it
+    caplog.clear()
+    check_whole(str(folder))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_that_would_need_a_scale_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_model(tmp_path / "model", seed=1)
+    weights = weights_of(folder)
+    write(folder, weights | {NORM: weights[NORM].to(dtype)})
+    with pytest.raises(ValueError, match=rf"{folder}.*{NORM} is of the type .*quantization_config"):
+        check_whole(str(folder))
+
+
+def test_what_lies_in_the_place_of_weights_is_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", seed=1)
+    path = folder / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for look in (lambda name: load_model(name, dtype="float32"), check_whole):
+        with pytest.raises(ValueError, match="holds a pointer of Git LFS"):
+            look(str(folder))
+    path.unlink()
+    path.symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a link to nothing"):
+        check_whole(str(folder))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter \(PEFT\) alone"):
+        check_whole(str(adapter))
+
+
+def test_models_larger_than_the_machine_are_refused(
+    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before one is loaded, in every command that loads them whole."""
+    monkeypatch.setattr(checks, "memory_of_machine", lambda: 1000.0)
+    pairs, out = str(write_jsonl(tmp_path / "pairs.jsonl", text_rows(8))), str(tmp_path / "out")
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--eval_strategy", "no"]
+    name = str(policy_folder)
+    for words in (
+        ["train", "--pairs", pairs, "--output-dir", out, "--model", name, "--ref-model", name],
+        ["score", "--ref-model", name, "--pairs", pairs, "--store", out],
+        ["dpo", "--dataset_name", pairs, "--output_dir", out, *cpu, "--model_name_or_path", name],
+    ):
+        capsys.readouterr()
+        assert main(words) == 1, words
+        assert "larger than all memory of this machine" in capsys.readouterr().err, words
+        assert not Path(out).exists(), words
+
+
+def test_a_file_that_cannot_be_mapped_as_a_whole(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 68485962176 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(checkpoint, "safe_open", unable)
+    with pytest.raises(ValueError, match=r"too large for this machine to map .*max_shard_size"):
+        check_weight_files({"policy": str(policy_folder)}, None)

@@ -83,15 +83,18 @@ def leave_at_exit() -> None:
     exception", exit status -6, after everything was done. Destroying the group is not enough, since engines hold it.
     """
     atexit.unregister(_leave_gloo)
-    atexit.register(_leave_gloo)
+    atexit.register(_leave_gloo, _is_gloo() and dist.get_world_size() > 1)
 
 
-def _leave_gloo() -> None:
-    if dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend()):
-        several = dist.get_world_size() > 1
+def _is_gloo() -> bool:
+    return dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend())
+
+
+def _leave_gloo(several: bool) -> None:
+    if _is_gloo():
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
-        time.sleep(REST if several else 0)
+    time.sleep(REST if several else 0)  # also where the group was destroyed before
 
 
 def end_program(status: int) -> NoReturn:

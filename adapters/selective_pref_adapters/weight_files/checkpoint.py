@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as integration
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from selective_pref_adapters.models import damaged_index, model_config, unreadable, whole_model
+from selective_pref_adapters.files import damaged_index, unreadable
+from selective_pref_adapters.models import model_config, whole_model
 
 
 @dataclass(frozen=True, kw_only=True)

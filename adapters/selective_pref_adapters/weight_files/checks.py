@@ -124,5 +124,6 @@ def check_whole(name: str, kind: Any = None, **options: Any) -> Checkpoint | Non
         try:
             whole_model(kind or AutoModelForCausalLM, name, device_map="meta", **options)
         except Exception as error:  # a damaged file gives whatever error its reader has
-            raise ValueError(f"cannot load the model of {name!r}: {' '.join(str(error).split())}") from error
+            why = "the folder is incomplete, or a file in it is damaged"
+            raise ValueError(f"cannot load the model of {name!r} ({why}): {' '.join(str(error).split())}") from error
     return None
