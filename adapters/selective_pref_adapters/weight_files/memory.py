@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 def memory_of_machine() -> float:
     """Bytes of this host, or of its container, and of all devices that this process sees."""
-    devices = range(torch.cuda.device_count())
-    return _host(float(psutil.virtual_memory().total)) + sum(torch.cuda.mem_get_info(one)[1] for one in devices)
+    devices = range(torch.cuda.device_count())  # asked for properties, none of which takes memory for this process
+    room = sum(torch.cuda.get_device_properties(one).total_memory for one in devices)
+    return _host(float(psutil.virtual_memory().total)) + room
 
 
 def _host(room: float) -> float:
