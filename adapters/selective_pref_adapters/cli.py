@@ -127,6 +127,7 @@ def _train(arguments: list[str]) -> None:
 def _dpo(arguments: list[str]) -> None:
     join_launcher()
     check_address()
+    _name_accelerator()
 
     from selective_pref_adapters.launching.processes import leave_processes
     from selective_pref_adapters.trl_trainer.command import main as dpo
@@ -249,10 +250,19 @@ def _replication(arguments: list[str], command: str) -> int:
     from selective_pref_adapters.replication.options import ReplicateConfig
 
     config = _options(ReplicateConfig, arguments, command)
+    _name_accelerator()
 
     from selective_pref_adapters.replication.command import replicate
 
     return replicate(config)
+
+
+def _name_accelerator() -> None:
+    """Says that there are only CPUs to DeepSpeed, which prints a warning where it has to guess."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {

@@ -56,8 +56,11 @@ def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *,
         found_by = {"trust_remote_code": options.get("trust_remote_code", args.trust_remote_code)}
         if name == policy and options.get("revision") is not None:
             found_by["revision"] = options["revision"]
-        kind = _class_of(model_config(name, **found_by))
-        if in_parts_only and not is_quantised(name, **found_by):
+        kind, cut = _class_of(model_config(name, **found_by)), in_parts_only and not is_quantised(name, **found_by)
+        if kind is None:  # code of its own, of which nothing is known but the files
+            if cut:
+                models[what] = Checkpoint.open(name, **found_by)
+        elif cut:
             models[what] = in_parts(name, kind, **found_by)
         else:
             loaded_whole[what] = check_whole(name, kind, **found_by)
@@ -73,7 +76,7 @@ def check_named_models(args: SelectiveDPOConfig, policy: Any, ref_model: Any, *,
 
 
 def _class_of(config: Any) -> Any:
-    """The class by which TRL loads a model; None for a causal language model of a code of its own."""
+    """The class by which TRL loads a model; None for one whose code is not in transformers."""
     return getattr(transformers, (config.architectures or [""])[0], None)
 
 
