@@ -13,14 +13,21 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration, logging
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from selective_pref_adapters.cli import main
 from selective_pref_adapters.models import load_model
 from selective_pref_adapters.trl_trainer import SelectiveDPOConfig, SelectiveDPOTrainer
-from selective_pref_adapters.weight_files import Checkpoint, check_weight_files, check_whole, checkpoint, checks
+from selective_pref_adapters.weight_files import (
+    Checkpoint,
+    check_weight_files,
+    check_whole,
+    checkpoint,
+    checks,
+    in_parts,
+)
 from tiny import make_mixture, make_model, make_text_and_image_model, text_rows, write_jsonl
 
 NORM = "model.norm.weight"
@@ -257,6 +264,13 @@ def test_an_output_layer_that_differs_from_the_embedding_to_which_it_is_tied(
     model: Any = load_model(str(folder), dtype="float32")
     assert torch.equal(model.lm_head.weight, other)
     assert "both are kept" in caplog.text
+    images = make_text_and_image_model(tmp_path / "images", seed=1)  # whose files name its parts otherwise
+    weights = weights_of(images)
+    (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    check_weight_files({"policy": str(images)}, None)
+    write(images, weights | {"language_model.lm_head.weight": weights[name] + 1})
+    with pytest.raises(ValueError, match=r"its files hold language_model\.lm_head\.weight and"):
+        in_parts(str(images), Gemma3ForConditionalGeneration)
 
 
 def test_weights_that_nothing_reads_are_said_to_be_left_out(

@@ -87,7 +87,7 @@ def leave_at_exit() -> None:
 
 
 def _is_gloo() -> bool:
-    return dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend())
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"
 
 
 def _leave_gloo(several: bool) -> None:

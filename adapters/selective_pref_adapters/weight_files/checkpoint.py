@@ -112,9 +112,8 @@ class Checkpoint:
         """
         with torch.device("meta"):
             model = kind(self.config)
-        prefix = f"{model.base_model_prefix}."
         for pair in getattr(model, "all_tied_weights_keys", {}).items():
-            names = [next((n for n in (key, key.removeprefix(prefix)) if n in self.files), None) for key in pair]
+            names = [self._in_files(key, model.base_model_prefix) for key in pair]
             if None not in names and not self._equal(*map(str, names)):
                 return (
                     f"{self.name}: its files hold {names[0]} and {names[1]} with different values, and config.json "
@@ -122,6 +121,13 @@ class Checkpoint:
                     "both are meant"
                 )
         return ""
+
+    def _in_files(self, weight: str, prefix: str) -> str | None:
+        """How the files name a weight: as the model does, without its prefix, or with another; None for not at all."""
+        end = "." + ".".join(weight.split(".")[-2:])  # as ".lm_head.weight", behind whatever transformers renames
+        ends = [name for name in self.files if f".{name}".endswith(end)]
+        known = [name for name in (weight, weight.removeprefix(f"{prefix}.")) if name in self.files]
+        return known[0] if known else ends[0] if len(ends) == 1 else None
 
     def _equal(self, one: str, other: str) -> bool:
         """Whether two tensors of the files are equal; some rows of both are in memory at a time."""
