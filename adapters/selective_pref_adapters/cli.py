@@ -258,7 +258,7 @@ def _replication(arguments: list[str], command: str) -> int:
 
 
 def _name_accelerator() -> None:
-    """Says that there are only CPUs to DeepSpeed, which prints a warning where it has to guess."""
+    """Tells DeepSpeed where there are only CPUs; it prints a warning where it has to guess."""
     import torch
 
     if not torch.cuda.is_available():

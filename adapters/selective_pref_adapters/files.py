@@ -6,6 +6,7 @@ Imports nothing but the standard library.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -44,9 +45,21 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def damaged_index(path: str | Path, error: Exception) -> str:
-    """What to say of an index of weights files that cannot be read."""
-    return f'{path} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
+def files_of_index(path: str | Path) -> list[str]:
+    """The names of the weights files that an index (`*.index.json`) lists, sorted.
+
+    Raises:
+        ValueError: it is damaged; names it.
+    """
+    try:
+        names = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("weight_map does not name a file for each weight")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{path} is damaged: expected {{"weight_map": {{name of a weight: its file, ...}}}}; {error!r}'
+        ) from error
+    return sorted(names)
 
 
 def unreadable(path: str | Path, error: Exception) -> str:

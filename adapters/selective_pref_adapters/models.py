@@ -6,7 +6,6 @@ says what is wrong with the folder; its context length and its vocabulary. Every
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as logging_of_transformers
 
-from selective_pref_adapters.files import damaged_index, unreadable
+from selective_pref_adapters.files import files_of_index, unreadable
 from selective_pref_adapters.options import PAPER_MAX_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -218,11 +217,9 @@ def _damage(folder: Path) -> str:
             return unreadable(path, error)
     for path in sorted(folder.glob("*.index.json")):
         try:
-            places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not places or not all(isinstance(file, str) for file in places.values()):
-                raise ValueError("weight_map does not name a file for each weight")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            return damaged_index(path, error)
+            files_of_index(path)
+        except ValueError as error:
+            return str(error)
     return ""
 
 

@@ -6,7 +6,6 @@ when they are copied; or an error, before anything is loaded.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as integration
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from selective_pref_adapters.files import damaged_index, unreadable
+from selective_pref_adapters.files import files_of_index, unreadable
 from selective_pref_adapters.models import model_config, whole_model
 
 
@@ -35,7 +34,7 @@ class Checkpoint:
     files: Mapping[str, str]
     """Name of each tensor → its file."""
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
+    """Name of each tensor → its shape and dtype."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of transformers' `from_pretrained`, with which it was found: `revision`, `trust_remote_code`."""
 
@@ -223,12 +222,7 @@ def safetensors_files(name: str, *, revision: str | None = None) -> list[str]:
     index = found(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
-    try:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(isinstance(file, str) for file in names):
-            raise ValueError("weight_map does not name a file for each weight")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(damaged_index(index, error)) from error
+    names = files_of_index(index)
     paths = {file: found(file) for file in names}
     if missing := [file for file, path in paths.items() if path is None]:
         raise ValueError(f"{name}: {SAFE_WEIGHTS_INDEX_NAME} names files that are not there: {', '.join(missing)}")

@@ -60,7 +60,10 @@ def is_quantised(name: str, **options: Any) -> bool:
 
 
 def check_room(models: Mapping[str, Checkpoint], dtype: torch.dtype | None, *, offloaded: bool) -> None:
-    """Raises ValueError where the weights alone are larger than all memory together; arguments as above."""
+    """Raises ValueError where the weights alone are larger than the memory of all processes together.
+
+    Every process must call it where there are several. For the arguments see `check_weight_files`.
+    """
     sizes = {f"{what} {checkpoint.name}": checkpoint.size(dtype) for what, checkpoint in models.items()}
     processes = dist.get_world_size() if dist.is_initialized() else 1
     room, where = room_for_weights(offloaded=offloaded)
